@@ -1,0 +1,209 @@
+"""The flags of train_llm.py: every published one under its published name and aliases, and ours below them."""
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+from tyro.conf import arg
+
+from stt.errors import InputError, unknown_name
+
+logger = logging.getLogger(__name__)
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+SHIPPED_MODEL = CHECKOUT / "models" / "stt-tiny"
+MODEL_ALIASES = {"qwen": "Qwen/Qwen2.5-1.5B", "qwen3": "Qwen/Qwen2.5-3B", "qwen7": "Qwen/Qwen2.5-7B"}
+
+Mode = Literal["baseline", "lora", "stt", "stt_lora", "magnitude_pruning", "wanda_adapt", "random"]
+KEEPS_EVERYTHING = ("baseline", "lora")  # the modes that select no units
+Head = Literal["train", "freeze", "untie"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Partial = Literal["refuse", "ok"]
+
+# What `None` stands for: the shipped model needs other numbers than a real one (those are the published defaults).
+FOR_SHIPPED_MODEL = {"lr": 1e-3, "num_epoch": 3, "train_batch": 32, "schedule": True}
+FOR_REAL_MODELS = {"lr": 1e-5, "num_epoch": 10, "train_batch": 8, "schedule": False}
+
+# (fields, accepted?, in words); None is accepted where it is the default
+RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    (("topk_ratio", "keep_ratio", "active_sample_ratio"), lambda x: 0 < x <= 1, "in (0, 1]"),
+    (("lora_dropout", "warmup_ratio"), lambda x: 0 <= x < 1, "in [0, 1)"),
+    (("lr", "lora_alpha"), lambda x: 0 < x < math.inf, "a number above 0"),
+    (("wd", "max_grad_norm"), lambda x: 0 <= x < math.inf, "a number of 0 or more"),
+    (("num_epoch", "train_batch", "eval_batch", "gradient_accumulation_steps", "lora_r", "log_interval"),
+     lambda x: x >= 1, "1 or more"),
+    (("train_size",), lambda x: x >= 0, "0 (= all) or more"),
+    (("max_length",), lambda x: x >= 2, "2 or more"),
+    (("seed",), lambda x: 0 <= x < 2**32, "from 0 to 4294967295"),
+    (("active_threshold",), math.isfinite, "a finite number"),
+)
+
+
+def _open(name: str, metavar: str, *aliases: str) -> object:
+    """How a flag is shown whose default depends on the model."""
+    shipped, real = (json.dumps(numbers[name]) for numbers in (FOR_SHIPPED_MODEL, FOR_REAL_MODELS))
+    hint = f"(default: {shipped} for stt-tiny, {real} for other models)"
+    return arg(aliases=aliases, metavar=metavar, help_behavior_hint=hint)
+
+
+@dataclass(frozen=True)
+class LLMArgs:
+    """Select the neurons of a decoder that a task needs, train only those, measure, and write a report.
+
+    Without arguments: select-then-train of the shipped models/stt-tiny on the shipped CLUTRR data, offline.
+    """
+
+    model: str = "models/stt-tiny"
+    """folder, hub id, or qwen | qwen3 | qwen7 (Qwen2.5 with 1.5B | 3B | 7B)"""
+    task: Annotated[str, arg(aliases=("--dataset",))] = "clutrr"
+    """clutrr | boolq | arc-e | arc-c | obqa"""
+    mode: Mode = "stt"
+    """what is kept: everything (baseline, lora), STT's choice (stt, stt_lora), as much by another score (the others)"""
+    apply_chat_template: bool = False
+    """put every prompt into the tokenizer's chat template"""
+    lr: Annotated[float | None, _open("lr", "FLOAT", "--learning_rate")] = None
+    """step size of AdamW"""
+    wd: float = 0.01
+    """weight decay of AdamW"""
+    train_batch: Annotated[int | None, _open("train_batch", "INT", "--batch_size")] = None
+    """examples per forward pass"""
+    eval_batch: int = 32
+    """examples per generated batch"""
+    num_epoch: Annotated[int | None, _open("num_epoch", "INT", "--num_epochs")] = None
+    """passes over the training data"""
+    train_size: int = 0
+    """training examples to use, drawn with the seed; 0 = all"""
+    gradient_accumulation_steps: int = 1
+    """forward passes per optimizer step"""
+    active_threshold: Annotated[float, arg(aliases=("--threshold",))] = 0.01
+    """a token activates a neuron from this pre-activation on"""
+    active_sample_ratio: Annotated[float, arg(aliases=("--sample_ratio",))] = 0.1
+    """share of the training examples that the selection looks at"""
+    topk_ratio: float = 0.3
+    """share of a site's neurons that each of the two scores proposes; their union is kept"""
+    lora_r: int = 16
+    """LoRA rank"""
+    lora_alpha: float = 32
+    """LoRA scale; the update is multiplied by lora_alpha / lora_r"""
+    lora_dropout: float = 0.1
+    """share of the LoRA inputs dropped in training"""
+    output_dir: str = "outputs"
+    """folder of the run folders"""
+    seed: int = 42
+    """seed of the data order, of the selection's examples, of dropout and of new weights"""
+    use_wandb: bool = False
+    """also log to Weights & Biases (online, else offline; needs `pip install wandb`)"""
+    wandb_project: str = "hidden-dim-pruning-llm"
+    """Weights & Biases project"""
+    wandb_entity: str | None = None
+    """Weights & Biases user or team"""
+    wandb_run_name: str | None = None
+    """Weights & Biases run name; None = the run folder's name"""
+    log_interval: int = 10
+    """optimizer steps between two rows of metrics.jsonl"""
+    schedule: Annotated[bool | None, _open("schedule", "| --no_schedule")] = None
+    """warm up, then decay the step size linearly to 0, or keep it constant"""
+    tune_attn: bool = False
+    """also train the attention projections"""
+    dev_mode: bool = False
+    """hold out part of the training data and evaluate on it instead of the test data"""
+
+    # ------------------------------------------------------------ ours
+    keep_ratio: float | None = None
+    """keep exactly this share of every site's neurons instead of the union that topk_ratio leads to"""
+    head: Head = "train"
+    """train the output head, freeze it, or untie it from the input embedding and train it alone"""
+    precision: Precision = "auto"
+    """compute type; trained weights are fp32 in every case. auto = bf16 on a GPU that has it, else fp32"""
+    warmup_ratio: float = 0.03
+    """share of the steps that warm up, with --schedule"""
+    max_grad_norm: float = 1.0
+    """gradients are scaled down to this norm; 0 = never"""
+    max_length: int = 256
+    """tokens of prompt and answer together; a longer prompt loses its beginning"""
+    data_dir: str | None = None
+    """folder with the task's files; None = the shipped ones (clutrr) or the hub"""
+    count_padding: bool = False
+    """let padding tokens count in the selection, as the published code does"""
+    partial: Partial = "refuse"
+    """what to do with a model of which only some feed-forward blocks can be sliced"""
+    eval_epochs: bool = True
+    """generate the validation answers after every epoch"""
+    select_best: bool = False
+    """test the epoch with the best validation accuracy instead of the last one"""
+    eval_restored: bool = False
+    """also test with the removed neurons put back after training"""
+    ppl_text: str | None = None
+    """text file for the perplexity; None = heldout.txt of stt-tiny"""
+    run_name: str | None = None
+    """folder under output_dir; None = made from model, task, mode, ratio, head and seed"""
+    resume: bool = False
+    """go on from the last checkpoint in the run folder"""
+    overwrite: bool = False
+    """delete an earlier run in the run folder first"""
+
+    def __post_init__(self) -> None:
+        for name, kind in (("mode", Mode), ("head", Head), ("precision", Precision), ("partial", Partial)):
+            if getattr(self, name) not in get_args(kind):
+                raise unknown_name(name, str(getattr(self, name)), get_args(kind))
+        for names, is_accepted, accepted in RANGES:
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not is_accepted(value):
+                    raise InputError(f"{name} must be {accepted}, got {value}")
+        for name in ("model", "task", "output_dir", "run_name"):
+            if getattr(self, name) == "":
+                raise InputError(f"{name} must not be empty")
+        if self.run_name is not None and Path(self.run_name).name != self.run_name:
+            raise InputError(f"run_name must be one folder name, got {self.run_name!r}; output_dir takes a path.")
+        if self.resume and self.overwrite:
+            raise InputError("resume continues a run and overwrite deletes it; give one of them.")
+        if self.select_best and not self.eval_epochs:
+            raise InputError("select_best compares the epochs' validation accuracies, so it needs eval_epochs.")
+        if self.eval_restored and self.mode in KEEPS_EVERYTHING:
+            raise InputError(f"eval_restored puts removed neurons back, and mode {self.mode!r} removes none.")
+
+
+def resolved(args: LLMArgs) -> LLMArgs:
+    """`args` with nothing left open: a model that can be loaded, and the numbers and paths that `None` stands for.
+
+    Says in the log what it filled in. Raises InputError for a model path or text file that is not there.
+    """
+    model = resolve_model(args.model)
+    is_shipped = Path(model).resolve() == SHIPPED_MODEL
+    defaults = FOR_SHIPPED_MODEL if is_shipped else FOR_REAL_MODELS
+    filled = {name: value for name, value in defaults.items() if getattr(args, name) is None}
+    if filled:
+        words = ", ".join(f"{name} {value}" for name, value in filled.items())
+        logger.info("defaults for %s: %s", "stt-tiny" if is_shipped else "other models than stt-tiny", words)
+    text = args.ppl_text or str(SHIPPED_MODEL / "heldout.txt")
+    if args.ppl_text and not Path(text).is_file():
+        raise InputError(f"no text file {text!r} for the perplexity; give a path, or leave --ppl_text out.")
+    return replace(args, model=model, ppl_text=text, run_name=args.run_name or _run_name(args), **filled)
+
+
+def resolve_model(name: str) -> str:
+    """What from_pretrained takes for `name`: an alias's hub id, an existing folder (also one of this checkout, from
+    wherever it is asked for), or `name` as a hub id. Raises InputError for a path that is not there."""
+    if name in MODEL_ALIASES:
+        return MODEL_ALIASES[name]
+    for folder in (Path(name).expanduser(), CHECKOUT / name):
+        if folder.is_dir():
+            return str(folder)
+    if name.startswith((".", "/", "~", "models/")) or name.count("/") > 1 or Path(name).exists():
+        raise InputError(f"no model folder {name!r}; give a folder with config.json and weights, a hub id such as "
+                         f"{MODEL_ALIASES['qwen']}, or one of {', '.join(MODEL_ALIASES)}.")
+    return name
+
+
+def _run_name(args: LLMArgs) -> str:
+    ratio = f"keep{args.keep_ratio:g}" if args.keep_ratio is not None else f"top{args.topk_ratio:g}"
+    parts = [Path(args.model).name, args.task, args.mode]
+    parts += [] if args.mode in KEEPS_EVERYTHING else [ratio]
+    parts += [] if args.head == "train" else [args.head]
+    return "-".join([*parts, f"seed{args.seed}"])

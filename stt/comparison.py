@@ -1,0 +1,133 @@
+"""Many finished runs side by side: one table per comparable group, one row per configuration, seeds averaged."""
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from stt import plots
+from stt.errors import InputError
+from stt.runs import Run, load_run
+from stt.words import amount, decimal, duration, markdown_table, mean_of, model_name, paired_interval, percent, spread
+
+MODE_ORDER = tuple(plots.MODE_COLOURS)
+# arguments that make two runs neither better nor worse: not part of what tells configurations apart
+NOT_CONFIGURATION = ("seed", "run_name", "output_dir", "overwrite", "resume", "use_wandb", "wandb_project",
+                     "wandb_entity", "wandb_run_name", "log_interval", "eval_batch", "ppl_text")
+HEADS = {"train": "trained", "freeze": "frozen", "untie": "untied and trained"}
+
+
+@dataclass
+class Row:
+    """One configuration of a comparison: its runs over the seeds."""
+
+    configuration: dict[str, object]
+    runs: list[Run] = field(default_factory=list)
+
+    def numbers(self, *keys: str) -> list[float]:
+        """The value at results[key][key]... of every run that has it."""
+        found = [_at(run.results, *keys) for run in self.runs]
+        return [value for value in found if value is not None]
+
+
+def compare(run_dirs: Sequence[str | Path], figure: str | Path | None = None) -> str:
+    """Markdown tables of the runs, seeds of one configuration in one row (mean ± standard deviation over the seeds).
+
+    Runs on another recipe, task, model, head policy or number of test examples stand in a table of their own: their
+    numbers must not be compared. `figure` = where to draw the accuracies. Raises InputError for a run that is not
+    complete or given twice.
+    """
+    if not run_dirs:
+        raise InputError("there is nothing to compare; give at least one run folder.")
+    tables: dict[str, list[Row]] = {}
+    for run in map(load_run, run_dirs):
+        _add(tables.setdefault(_title(run), []), run)
+    for rows in tables.values():
+        rows.sort(key=lambda row: (_rank(row.configuration["mode"]), json.dumps(row.configuration, sort_keys=True)))
+    if figure is not None:
+        plots.comparison({title: (_bars(rows), rows[0].numbers("accuracy", "majority")[0])
+                          for title, rows in tables.items()}, figure)
+    return "\n".join(_comparison_table(title, rows) for title, rows in tables.items())
+
+
+def _title(run: Run) -> str:
+    results = run.results
+    return (f"{results['recipe']} · {results['task']} · {model_name(results['model'])} · "
+            f"head {HEADS.get(results['head'], results['head'])} · {results['accuracy']['n']} test examples")
+
+
+def _add(rows: list[Row], run: Run) -> None:
+    configuration = {name: value for name, value in run.arguments.items() if name not in NOT_CONFIGURATION}
+    configuration["mode"] = run.results["mode"]
+    row = next((row for row in rows if row.configuration == configuration), None)
+    if row is None:
+        row = Row(configuration)
+        rows.append(row)
+    twin = next((other for other in row.runs if other.results["seed"] == run.results["seed"]), None)
+    if twin is not None:
+        raise InputError(f"{twin.path} and {run.path} are the same configuration with the same seed; give one of them.")
+    row.runs.append(run)
+
+
+def _rank(mode: str) -> int:
+    return MODE_ORDER.index(mode) if mode in MODE_ORDER else len(MODE_ORDER)
+
+
+def _labels(rows: Sequence[Row]) -> list[str]:
+    """The mode of each row, with what sets it apart from other rows of the same mode."""
+    labels = []
+    for row in rows:
+        peers = [other.configuration for other in rows if other.configuration["mode"] == row.configuration["mode"]]
+        names = sorted({name for peer in peers for name in peer})
+        differing = [name for name in names if len({json.dumps(peer.get(name)) for peer in peers}) > 1]
+        details = ", ".join(f"{name} {row.configuration.get(name)}" for name in differing)
+        labels.append(f"{row.configuration['mode']} ({details})" if details else str(row.configuration["mode"]))
+    return labels
+
+
+def _bars(rows: Sequence[Row]) -> list[plots.Bar]:
+    return [plots.Bar(label, str(row.configuration["mode"]), tuple(row.numbers("accuracy", "test")),
+                      tuple(value / 1e6 for value in row.numbers("parameters", "trained")))
+            for row, label in zip(rows, _labels(rows), strict=True)]
+
+
+def _comparison_table(title: str, rows: Sequence[Row]) -> str:
+    head = ("mode", "seeds", "test accuracy", "trained", "without head", "neurons kept", "perplexity",
+            "training FLOPs", "training time")
+    cells = [(label, str(len(row.runs)), spread(row.numbers("accuracy", "test"), 100, " %"),
+              mean_of(row.numbers("parameters", "trained"), amount),
+              mean_of(row.numbers("parameters", "trained_without_head"), amount),
+              mean_of(row.numbers("parameters", "kept_fraction_of_units"), percent),
+              spread(row.numbers("perplexity", "trained")), mean_of(row.numbers("flops", "training"), amount),
+              mean_of(row.numbers("seconds", "training"), duration))
+             for row, label in zip(rows, _labels(rows), strict=True)]
+    dense, majority = rows[0].numbers("perplexity", "dense"), rows[0].numbers("accuracy", "majority")
+    notes = [f"Majority class: {mean_of(majority, percent)}. Perplexity of the dense model before training: "
+             f"{mean_of(dense, decimal)}. ± is the standard deviation over the seeds."]
+    return "\n".join([f"### {title}", "", *markdown_table([head, *cells]), "", *notes, *_differences(rows), ""])
+
+
+def _differences(rows: Sequence[Row]) -> list[str]:
+    """STT minus random, paired by seed, where the two differ in nothing but the mode."""
+    lines = []
+    for stt in (row for row in rows if row.configuration["mode"] == "stt"):
+        for other in (row for row in rows if row.configuration == stt.configuration | {"mode": "random"}):
+            ours, theirs = (_by_seed(row) for row in (stt, other))
+            gaps = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+            if len(gaps) >= 2:
+                low, high = paired_interval(gaps)
+                lines.append(f"stt minus random over {len(gaps)} common seeds: {100 * statistics.mean(gaps):+.1f} "
+                             f"points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f} (paired t).")
+    return lines
+
+
+def _by_seed(row: Row) -> dict[object, float]:
+    return {run.results["seed"]: run.results["accuracy"]["test"] for run in row.runs}
+
+
+def _at(values: Mapping[str, object], *keys: str) -> float | None:
+    for key in keys:
+        values = (values or {}).get(key)
+    return values

@@ -1,0 +1,25 @@
+"""The two ways a run may end early, and the sentence for an unknown name."""
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """The user gave something we cannot use. The message says what was given, what is accepted and what to do.
+
+    Command-line programs print the message as one line and exit with code 2, before anything is written.
+    """
+
+
+class TrainingFailed(RuntimeError):
+    """Training stopped on a bad number or a full device. Command-line programs exit with code 3; the last good
+    checkpoint is kept."""
+
+
+def unknown_name(kind: str, given: str, known: Iterable[str]) -> InputError:
+    """The error for a name nobody knows: what was asked, the nearest name, the full list."""
+    names = sorted(known)
+    nearest = difflib.get_close_matches(given, names, n=1)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    return InputError(f"unknown {kind} {given!r}.{hint} Choose one of: {', '.join(names)}.")

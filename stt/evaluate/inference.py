@@ -1,0 +1,25 @@
+"""The state every measurement runs in."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def inference(model: nn.Module, autocast_dtype: torch.dtype | None = None) -> Iterator[torch.device]:
+    """Evaluation mode without gradients, under autocast if a dtype is given; yields the model's device.
+
+    Afterwards every module is back in the mode, train or eval, it was in by itself.
+    """
+    device = next(model.parameters()).device
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode(), torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
+            yield device
+    finally:
+        for module, training in modes:
+            module.training = training

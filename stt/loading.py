@@ -1,0 +1,52 @@
+"""A causal language model and its tokenizer, from the hub or a folder, in the dtype the run asks for."""
+from __future__ import annotations
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from stt.errors import InputError
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """The autocast dtype of `precision` (auto, fp32, bf16, fp16); None: no autocast, everything is float32.
+
+    "auto" is bf16 on a GPU that has it. Raises InputError for fp16 on a CPU.
+    """
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if precision == "fp16" and device.type == "cpu":
+        raise InputError("precision fp16 needs a GPU (its gradients need a scaler): use bf16 or fp32 here")
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def load_model(name: str, autocast_dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
+    """The dense model; without autocast all float32, else in the checkpoint's own dtype. Raises InputError if there is
+    no such model, its files are damaged, or it is already sliced."""
+    try:
+        config = AutoConfig.from_pretrained(name)
+        if hasattr(config, "stt"):
+            raise InputError(f"{name} is already sliced: give the dense model, or load it with stt.load")
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto" if autocast_dtype else torch.float32)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"cannot load the model {name!r} ({_first_line(error)}): give a folder with config.json and "
+                         "weights, or a hub id that can be reached") from error
+    return model.to(device)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; its end token pads where it has no padding token. Raises InputError if there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"cannot load the tokenizer of {name!r} ({_first_line(error)}): give a folder with "
+                         "tokenizer.json, or a hub id that can be reached") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

@@ -1,0 +1,1 @@
+"""Narrow layers that stand in for the dense ones."""

@@ -1,0 +1,139 @@
+"""A training mode is one row: which score chooses the neurons, what adapts them, what trains."""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from stt.calibrate import Batch
+from stt.errors import InputError, unknown_name
+from stt.selecting import Budget, composition, keep, measure
+from stt.selection import Selection
+from stt.sites import find_sites
+from stt.stt_lora import STTLoraLinear, add_stt_lora
+from stt.stt_transformer import apply
+from stt.surgery import head_parameters, replace_module, sliced_parameters, train_only
+
+
+@dataclass(frozen=True)
+class Mode:
+    """`score` None keeps every neuron. `trains`: "everything", the "kept" neurons, or a "lora"."""
+
+    score: str | None
+    trains: str
+
+
+MODES = {
+    "baseline": Mode(None, "everything"),
+    "lora": Mode(None, "lora"),
+    "stt": Mode("stt", "kept"),
+    "stt_lora": Mode("stt", "lora"),
+    "magnitude_pruning": Mode("magnitude", "kept"),
+    "wanda_adapt": Mode("wanda", "kept"),
+    "random": Mode("random", "kept"),
+}
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Rank, scale and dropout of the low-rank adapters."""
+
+    r: int = 16
+    alpha: float = 32
+    dropout: float = 0.1
+
+
+def find(name: str) -> Mode:
+    """The mode called `name`. Raises InputError for an unknown one."""
+    if name not in MODES:
+        raise unknown_name("mode", name, MODES)
+    return MODES[name]
+
+
+def check_sites(model: nn.Module, partial: str) -> None:
+    """Raises InputError if only a part of the model's feed-forward blocks can be sliced, unless `partial` is "ok"."""
+    lost = [entry for entry in find_sites(model).left_out if entry.is_loss]
+    if lost and partial != "ok":
+        raise InputError(f"only a part of {type(model).__name__} can be sliced: {lost[0].name} cannot ({lost[0].reason})"
+                         f" and {len(lost) - 1} more; `stt sites` lists them, --partial ok goes on with the rest")
+
+
+def select_units(mode: Mode, model: nn.Module, batches: Iterable[Batch], tokenizer: PreTrainedTokenizerBase | None,
+                 size: Budget, threshold: float, seed: int,
+                 count_padding: bool = False) -> tuple[Selection, dict[str, dict[str, int]]]:
+    """The mode's selection and, for STT's, its composition by site. Every other score gets STT's sizes site by site,
+    so that modes differ in which neurons they keep and in nothing else."""
+    measured = measure(model, batches, tokenizer, ["stt", mode.score], threshold=threshold, seed=seed,
+                       count_padding=count_padding)
+    by_stt = keep(measured, "stt", size)
+    if mode.score == "stt":
+        return by_stt, composition(measured, by_stt)
+    counts = {site: len(ids) for site, ids in by_stt.items()}
+    return keep(measured, mode.score, Budget(size.topk_ratio, size.keep_ratio, counts)), {}
+
+
+def prepare(mode: Mode, model: nn.Module, selection: Selection | None, lora: Lora, head: str,
+            tune_attn: bool = False) -> list[str]:
+    """Slice, adapt and freeze: the model is ready to train; names of what trains.
+
+    `tune_attn` trains the other projections of the layers too. Raises InputError where it would change nothing.
+    """
+    others = other_projections(model)
+    if selection is not None:
+        apply(model, selection)
+    if mode.trains == "everything":
+        chosen = [name for name, _ in model.named_parameters() if name not in head_parameters(model)]
+    elif mode.trains == "kept":
+        chosen = sliced_parameters(model)
+    else:
+        chosen = add_lora(model, lora) if selection is None else add_stt_lora(model, lora.r, lora.alpha, lora.dropout)
+    if tune_attn:
+        if selection is None:
+            raise InputError("--tune_attn adds the attention projections to what a selection trains; "
+                             "modes baseline and lora adapt them anyway, leave it out")
+        chosen += [f"{name}.{parameter}" for name in others
+                   for parameter, _ in model.get_submodule(name).named_parameters(recurse=False)]
+    return train_only(model, chosen, head)
+
+
+def other_projections(model: nn.Module) -> list[str]:
+    """Linear layers of the repeated layers that belong to no site: the attention's."""
+    sites = find_sites(model)
+    members = {member.module for site in sites.values() for member in site.members}
+    lists = tuple(name + "." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    return [name for name, module in model.named_modules()
+            if isinstance(module, nn.Linear | Conv1D) and name.startswith(lists) and name not in members]
+
+
+def add_lora(model: nn.Module, lora: Lora) -> list[str]:
+    """PEFT LoRA on every linear layer but the head; names of the new parameters."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    before = {name for name, _ in model.named_parameters()}
+    heads = {name.rpartition(".")[0] for name in head_parameters(model)}
+    output = model.get_output_embeddings()
+    targets = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
+               and name not in heads and module is not output]
+    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
+    inject_adapter_in_model(config, model)
+    return [name for name, _ in model.named_parameters() if name not in before and "lora_" in name]
+
+
+def merge_adapters(model: nn.Module) -> int:
+    """Merge every adapter of the model into float32 weights and put the plain layers back; how many there were."""
+    merged = STTLoraLinear.merge_and_convert(model)
+    if not hasattr(model, "peft_config"):
+        return merged
+    from peft.tuners.lora import LoraLayer
+
+    adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    for name, module in adapted:
+        base = module.get_base_layer()
+        base.weight.data = base.weight.data.float()
+        module.merge(safe_merge=True)
+        replace_module(model, name, base)
+    del model.peft_config
+    return merged + len(adapted)

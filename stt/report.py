@@ -1,0 +1,179 @@
+"""The report of one run, report.md and report.html with figures, and the tables of many (see stt/comparison.py)."""
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stt import plots
+from stt.comparison import HEADS, compare
+from stt.runs import load_run
+from stt.words import amount, arrows, decimal, duration, listed, markdown_table, mebibytes, model_name, percent, wilson
+
+__all__ = ["compare", "load_run", "summary_lines", "write_report"]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a report: text, a table whose first row is its head, a figure under the run folder."""
+
+    title: str
+    text: str = ""
+    rows: Sequence[Sequence[str]] = ()
+    figure: str | None = None
+
+
+# ---------------------------------------------------------------- one run
+
+
+def write_report(run_dir: str | Path, results: Mapping[str, object] | None = None) -> Path:
+    """Writes plots/*.png, report.md and report.html into the run folder; returns the path of report.html.
+
+    `results` is what results.json will hold (default: what it holds).
+    """
+    folder = Path(run_dir)
+    results = load_run(folder).results if results is None else results
+    sections = _sections(results, _figures(folder, results))
+    title = f"{results['mode']} · {results['task']} · {model_name(results['model'])} · seed {results['seed']}"
+    (folder / "report.md").write_text(_markdown(title, sections), encoding="utf-8")
+    page = folder / "report.html"
+    page.write_text(_html(title, sections, folder, results), encoding="utf-8")
+    return page
+
+
+def summary_lines(results: Mapping[str, object]) -> list[str]:
+    """The main numbers of a run for the terminal, one per line, aligned."""
+    rows = _summary(results)
+    width = max(len(name) for name, _ in rows)
+    return [f"{name:<{width}}  {value}" for name, value in rows]
+
+
+def _summary(results: Mapping[str, object]) -> list[tuple[str, str]]:
+    accuracy, parameters = results["accuracy"], results["parameters"]
+    low, high = wilson(accuracy["correct"], accuracy["n"])
+    rows = [("test accuracy", f"{percent(accuracy['test'])} ({accuracy['correct']} of {accuracy['n']}; 95 % interval "
+             f"{percent(low)} to {percent(high)}; majority class {percent(accuracy['majority'])})")]
+    if accuracy.get("restored") is not None:
+        rows.append(("restored", f"{percent(accuracy['restored'])} with the removed neurons put back"))
+    rows += [("parameters", f"{amount(parameters['dense'])} dense, {amount(parameters['kept'])} kept, "
+              f"{amount(parameters['trained'])} trained ({amount(parameters['trained_without_head'])} without the "
+              f"head; head {HEADS.get(results['head'], results['head'])})")]
+    if results["sites"]:
+        rows.append(("neurons", f"{percent(parameters['kept_fraction_of_units'])} kept in {len(results['sites'])} "
+                     "sites"))
+    rows.append(("perplexity", arrows(results["perplexity"], ("dense", "sliced", "trained"), decimal)))
+    rows.append(("FLOPs", listed(results["flops"], ("selection", "training", "inference"), amount)))
+    ratio = (results.get("throughput") or {}).get("ratio")
+    if ratio:
+        rows.append(("speed", f"decoding x {decimal(ratio['decode_tokens_per_second'])}, prefill time x "
+                     f"{decimal(ratio['prefill_seconds'])} of the dense model"))
+    rows.append(("time", listed(results["seconds"], ("selection", "training", "evaluation", "total"), duration)))
+    rows.append(("peak memory", mebibytes(results.get("peak_memory_bytes"))))
+    return rows
+
+
+def _sections(results: Mapping[str, object], figures: Mapping[str, str]) -> list[Section]:
+    sections = [Section("Summary", rows=[("", ""), *_summary(results)])]
+    if "training" in figures:
+        sections.append(Section("Training", "Faint: every logged step. Bold: smoothed.", figure=figures["training"]))
+    if "kept" in figures:
+        sections.append(Section("Kept neurons", "Pale: the dense model's.", _site_rows(results["sites"]),
+                                figures["kept"]))
+    if "composition" in figures:
+        sections.append(Section("Composition", "A neuron is kept if its mean pre-activation or its activation rate is "
+                                "among the largest of its site.", figure=figures["composition"]))
+    if results.get("throughput"):
+        sections.append(_speed(results["throughput"]))
+    packages = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    sections.append(Section("Where it ran", rows=[("", ""), ("device", str(results["device"])),
+                                                  ("commit", results["git_commit"] or "outside git"),
+                                                  ("versions", packages)]))
+    return sections
+
+
+def _site_rows(sites: Sequence[Mapping[str, object]]) -> list[list[str]]:
+    keys = ["width", "kept", *(key for key, _, _ in plots.COMPOSITION if key in sites[0])]
+    rows = [[str(site["name"]), *(f"{site[key]:,}" for key in keys)] for site in sites]
+    return [["site", *(key.replace("_", " ") for key in keys)], *rows]
+
+
+def _speed(throughput: Mapping[str, object]) -> Section:
+    models = [name for name in ("dense", "sliced", "ratio") if name in throughput]
+    rows = [[key.replace("_", " "), *(decimal(throughput[name][key]) for name in models)]
+            for key in throughput["dense"]]
+    setting = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in throughput.items() if key not in models)
+    return Section("Speed", f"Medians ({setting}); the ratio is sliced / dense.", [["", *models], *rows])
+
+
+def _figures(folder: Path, results: Mapping[str, object]) -> dict[str, str]:
+    """Draws what there is data for: name -> path inside the run folder."""
+    metrics, sites, drawn = folder / "metrics.jsonl", results["sites"], {}
+    if metrics.is_file():
+        rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+        plots.training_curve(rows, folder / "plots" / "training.png", results["mode"])
+        drawn["training"] = "plots/training.png"
+    if sites:
+        plots.kept_units(sites, folder / "plots" / "kept.png")
+        drawn["kept"] = "plots/kept.png"
+    if sites and all(key in site for site in sites for key, _, _ in plots.COMPOSITION):
+        plots.composition(sites, folder / "plots" / "composition.png")
+        drawn["composition"] = "plots/composition.png"
+    return drawn
+
+
+# ---------------------------------------------------------------- markdown and HTML
+
+
+def _markdown(title: str, sections: Sequence[Section]) -> str:
+    lines = [f"# {title}", ""]
+    for section in sections:
+        lines += [f"## {section.title}", ""]
+        lines += [section.text, ""] if section.text else []
+        lines += [f"![{section.title}]({section.figure})", ""] if section.figure else []
+        lines += [*markdown_table(section.rows), ""] if section.rows else []
+    return "\n".join(lines)
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>
+body {{ margin: 0; background: #f8fafc; color: #1e293b; font: 15px/1.5 system-ui, sans-serif; }}
+main {{ max-width: 860px; margin: 32px auto; padding: 0 16px; }}
+h1 {{ font-size: 24px; margin: 0 0 16px; }} h2 {{ font-size: 17px; margin: 0 0 8px; }}
+.cards {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); gap: 12px; }}
+.cards div, section {{ background: white; border: 1px solid #e2e8f0; border-radius: 10px; padding: 16px 20px; }}
+.cards b {{ display: block; font-size: 26px; color: {colour}; }} .cards span, p {{ color: #64748b; }}
+section {{ margin-top: 16px; overflow-x: auto; }} p {{ margin: 0 0 8px; }} img {{ width: 100%; }}
+table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }}
+td, th {{ text-align: left; vertical-align: top; padding: 5px 14px 5px 0; border-bottom: 1px solid #eef2f7; }}
+th {{ color: #64748b; font-weight: 500; }} tr:last-child td {{ border-bottom: 0; }}
+</style></head><body><main><h1>{title}</h1><div class="cards">{cards}</div>{body}</main></body></html>
+"""
+
+
+def _html(title: str, sections: Sequence[Section], folder: Path, results: Mapping[str, object]) -> str:
+    accuracy, parameters = results["accuracy"], results["parameters"]
+    cards = (("test accuracy", percent(accuracy["test"])), ("trained parameters", amount(parameters["trained"])),
+             ("neurons kept", percent(parameters["kept_fraction_of_units"] if results["sites"] else 1.0)),
+             ("training", duration(results["seconds"]["training"])))
+    return PAGE.format(title=html.escape(title), colour=plots.MODE_COLOURS.get(results["mode"], plots.INK),
+                       cards="".join(f"<div><b>{value}</b><span>{name}</span></div>" for name, value in cards),
+                       body="".join(_html_section(section, folder) for section in sections))
+
+
+def _html_section(section: Section, folder: Path) -> str:
+    parts = [f"<h2>{html.escape(section.title)}</h2>"]
+    if section.text:
+        parts.append(f"<p>{html.escape(section.text)}</p>")
+    if section.figure:
+        image = base64.b64encode((folder / section.figure).read_bytes()).decode()
+        parts.append(f'<img alt="{html.escape(section.title)}" src="data:image/png;base64,{image}">')
+    if section.rows:
+        head, *body = ([html.escape(cell) for cell in row] for row in section.rows)
+        lines = [f"<tr><th>{'</th><th>'.join(head)}</th></tr>"] if any(head) else []
+        lines += [f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in body]
+        parts.append(f"<table>{''.join(lines)}</table>")
+    return f"<section>{''.join(parts)}</section>"

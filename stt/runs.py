@@ -1,0 +1,40 @@
+"""Reads run folders back."""
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from stt.errors import InputError
+from util.utils import FORMAT_VERSION
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run folder, read back."""
+
+    path: Path
+    arguments: dict[str, object]
+    results: dict[str, object]
+
+
+def load_run(run_dir: str | Path) -> Run:
+    """Reads a run folder. Raises InputError if it is not one, or not complete, or written by a newer release."""
+    folder = Path(run_dir)
+    if not (folder / "args.json").is_file():
+        raise InputError(f"{folder} is not a run folder (it has no args.json); give the folder a recipe wrote.")
+    if not (folder / "results.json").is_file():
+        raise InputError(f"the run in {folder} is not complete (it has no results.json); finish it with --resume.")
+    arguments, results = _read_json(folder / "args.json"), _read_json(folder / "results.json")
+    version = results.get("format_version")
+    if version != FORMAT_VERSION:
+        raise InputError(f"{folder}/results.json has format {version}, this release reads {FORMAT_VERSION}; "
+                         "update stt.")
+    return Run(folder, arguments.get("arguments", {}), results)
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is not JSON ({error.msg} in line {error.lineno}); the run must be repeated.") from None

@@ -1,0 +1,22 @@
+"""Signed mean of the gate pre-activation over real tokens (Select-Then-Train, its first criterion)."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from stt.scores.base import Score, Seen
+
+
+@dataclass
+class ActivationMean(Score):
+    needs: tuple[str, ...] = ("outputs",)
+
+    def update(self, site: str, seen: Seen) -> None:
+        self.add_mean(site, seen.outputs, seen.is_token)
+
+    def result(self, site: str, weight: Tensor) -> Tensor:
+        return self.mean(site)
+
+
+make = ActivationMean

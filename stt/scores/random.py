@@ -1,0 +1,23 @@
+"""Uniform random scores, the baseline every other has to beat. The seed and the site's name decide, nothing else."""
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stt.scores.base import Score
+
+
+@dataclass
+class Random(Score):
+    needs: tuple[str, ...] = ("weights",)
+    seed: int = 0
+
+    def result(self, site: str, weight: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 2**32 + zlib.crc32(site.encode()))
+        return torch.rand(len(weight), generator=generator)
+
+
+make = Random

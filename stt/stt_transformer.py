@@ -1,0 +1,121 @@
+"""Plan -> apply -> report: a selection turns a dense model into a narrow one, in place."""
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from stt.errors import InputError
+from stt.mlps.stt_linear import SiteLayout, STTLinear
+from stt.selection import FORMAT_VERSION, Ids, Selection
+from stt.sites import Member, Site, Sites, find_sites
+from stt.surgery import replace_module
+
+logger = logging.getLogger(__name__)
+
+
+class STTTransformer:
+    """Replaces the projections of every selected site by narrow STTLinear layers.
+
+    `active_neurons` is a Selection, or a mapping from a site, one of its modules, or a key of `layer_name_map`, to unit
+    ids. Everything is checked before the first change. Scatter mode unless `inference_time`, as published.
+    """
+
+    def __init__(self, model: nn.Module, active_neurons: Mapping[str, Ids], layer_name_map: Mapping[str, str] | None = None,
+                 device: torch.device | str | None = None, verbose: bool = False, inference_time: bool = False):
+        self.model = model if device is None else model.to(device)
+        self.inference_time = inference_time
+        self.verbose = verbose
+        self.sites = find_sites(model)
+        self.selection = selection_for(self.sites, active_neurons, layer_name_map)
+        self._dense_parameters = sum(p.numel() for p in model.parameters())
+
+    def transform(self) -> nn.Module:
+        """The model itself, sliced. The selection stays on it as `model.stt_selection`, the widths in its config."""
+        plan = [(self.sites[name], self._layers(self.sites[name], ids)) for name, ids in self.selection.items()]
+        for site, layers in plan:
+            for member, layer in zip(site.members, layers, strict=True):
+                replace_module(self.model, member.module, layer)
+            SiteLayout(layers)
+        self.model.stt_selection = self.selection
+        self.model.config.stt = {"format_version": FORMAT_VERSION,
+                                 "sites": {name: [len(ids), self.sites[name].width] for name, ids in self.selection.items()}}
+        if self.verbose:
+            stats = self.get_parameter_stats()
+            logger.info("sliced %d sites: %.1f %% of their neurons kept, %.1f %% of the model's parameters removed",
+                        len(plan), 100 * stats["kept_fraction_of_units"], stats["overall_model_reduction_perc"])
+        return self.model
+
+    def get_parameter_stats(self) -> dict[str, float]:
+        """Parameters before and now, and the share of units kept."""
+        now = sum(p.numel() for p in self.model.parameters())
+        units = sum(self.sites[name].width for name in self.selection)
+        kept = sum(len(ids) for ids in self.selection.values())
+        return {"original_parameters": self._dense_parameters, "parameters": now, "kept_fraction_of_units": kept / units,
+                "overall_model_reduction_perc": 100 * (1 - now / self._dense_parameters)}
+
+    def get_transformed_mlp_blocks(self) -> dict[str, nn.Module]:
+        """The modules that hold the sliced sites, by site name."""
+        return {name: self.model.get_submodule(name) for name in self.selection}
+
+    def record_original_active_indices(self) -> dict[str, list[int]]:
+        """Kept unit ids of every site, as lists."""
+        return {name: ids.tolist() for name, ids in self.selection.items()}
+
+    def _layers(self, site: Site, ids: torch.Tensor) -> list[STTLinear]:
+        """The narrow layers of one site, in the order of its members."""
+        layers = []
+        for member in site.members:
+            module = self.model.get_submodule(member.module)
+            weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+            side = {"out_indices" if member.side == "out" else "in_indices": site.pick(member, ids)}
+            layer = STTLinear.from_weights(weight, module.bias, **side, inference_time=self.inference_time)
+            if member.channels.shape[1] > 1:  # fused gate and up
+                layer.blocks, layer.interleaved = _fused_order(member)
+            layers.append(layer.train(module.training))
+        return layers
+
+
+def apply(model: nn.Module, selection: Mapping[str, Ids]) -> nn.Module:
+    """Slice `model` in place to the selected neurons, compact; the model itself.
+
+    Raises InputError, before anything is changed, for a selection that does not fit it.
+    """
+    return STTTransformer(model, selection, inference_time=True).transform()
+
+
+def _fused_order(member: Member) -> tuple[int, int]:
+    """(blocks, depth): n consecutive blocks, one of each kind, or one block of n-tuples."""
+    per_unit = member.channels.shape[1]
+    is_chunked = int(member.channels[1, 0] - member.channels[0, 0]) == 1
+    return (per_unit, 1) if is_chunked else (1, per_unit)
+
+
+def selection_for(sites: Sites, given: Mapping[str, Ids], layer_name_map: Mapping[str, str] | None = None) -> Selection:
+    """`given` as a Selection over these sites. Raises InputError if it is empty, names something that is no site, was
+    made for another model, or keeps no unit of a site."""
+    meta = given.meta if isinstance(given, Selection) else {}
+    fingerprint = sites.fingerprint()
+    if meta.get("fingerprint", fingerprint) != fingerprint:
+        made_for = meta.get("widths", {})
+        raise InputError(f"the selection was made for another model ({len(made_for)} sites of widths "
+                         f"{sorted(set(made_for.values()))}; this one has {len(sites)} of "
+                         f"{sorted({s.width for s in sites.values()})}): select again on this model")
+    if not given:
+        raise InputError("the selection is empty: it must keep units of at least one site")
+    names = {module: site.name for site in sites.values() for module in (m.module for m in site.members)}
+    units: dict[str, Ids] = {}
+    for key, ids in given.items():
+        name = (layer_name_map or {}).get(key, key)
+        site = name if name in sites else names.get(name)
+        if site is None:
+            raise InputError(f"{key!r} is no feed-forward site of this model: the first of its {len(sites)} sites is "
+                             f"{next(iter(sites))!r}")
+        if len(ids) == 0:
+            raise InputError(f"the selection keeps no unit of {site}: keep at least one, or leave the site out")
+        units[site] = ids
+    ordered = {name: units[name] for name in sites if name in units}
+    return Selection(ordered, {**meta, "widths": {name: sites[name].width for name in sites}, "fingerprint": fingerprint})

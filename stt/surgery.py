@@ -1,0 +1,87 @@
+"""Changing a model: replace a module, choose what trains, count parameters."""
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from stt.errors import InputError, unknown_name
+from stt.mlps.stt_linear import STTLinear
+
+HEADS = ("train", "freeze", "untie")
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place of the submodule called `name`."""
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, module)
+
+
+def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of the task head: the output projection, what lies outside the model's body, and a pooler in it.
+
+    A head tied to the input embedding is that one shared parameter, under the embedding's name.
+    """
+    body = getattr(model, model.base_model_prefix, model) if model.base_model_prefix else model
+    of_body = {id(p) for p in body.parameters()} if body is not model else {id(p) for p in model.parameters()}
+    heads = {id(p) for p in model.parameters() if id(p) not in of_body}
+    for module in (model.get_output_embeddings(), getattr(body, "pooler", None)):
+        heads |= {id(p) for p in module.parameters()} if isinstance(module, nn.Module) else set()
+    return {name: p for name, p in model.named_parameters() if id(p) in heads}
+
+
+def head_is_tied(model: nn.Module) -> bool:
+    """True if the output projection is the input embedding."""
+    output = model.get_output_embeddings()
+    return output is not None and output.weight is model.get_input_embeddings().weight
+
+
+def untie_head(model: nn.Module) -> None:
+    """Give a tied output projection its own weight, so that training it leaves the embedding alone."""
+    if head_is_tied(model):
+        output = model.get_output_embeddings()
+        output.weight = nn.Parameter(output.weight.detach().clone())
+        model.config.tie_word_embeddings = False
+
+
+def train_only(model: nn.Module, parameters: Iterable[str] | None = None, head: str = "train") -> list[str]:
+    """Freeze everything but the named parameters (default: all STTLinear layers) and the head; names of what trains.
+
+    `head`: "train", "freeze", or "untie" (train a copy of a tied head). Trained parameters become float32, frozen ones
+    keep their dtype: bf16 weights hardly move at fine-tuning learning rates. Run a half-precision model under autocast.
+    Raises InputError for an unknown name or policy, or if nothing would train.
+    """
+    if head not in HEADS:
+        raise unknown_name("head policy", head, HEADS)
+    if head == "untie":
+        untie_head(model)
+    chosen = set(sliced_parameters(model) if parameters is None else parameters)
+    known = dict(model.named_parameters())
+    for name in chosen - known.keys():
+        raise unknown_name("parameter", name, known)
+    if head != "freeze":
+        chosen |= head_parameters(model).keys()
+    if not chosen:
+        raise InputError("nothing would train: the model has no STTLinear layer and no trainable head; "
+                         "apply a selection first or name the parameters")
+    for name, parameter in known.items():
+        parameter.requires_grad_(name in chosen)
+        if name in chosen:
+            parameter.data = parameter.data.to(torch.float32)
+    return [name for name in known if name in chosen]
+
+
+def sliced_parameters(model: nn.Module) -> list[str]:
+    """Names of all parameters of STTLinear layers."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, STTLinear)]
+    return [f"{name}.{parameter}" for name, module in layers for parameter, _ in module.named_parameters(recurse=False)]
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Parameters in all, trained, and trained without the head; shared ones count once."""
+    heads = {id(p) for p in head_parameters(model).values()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return {"total": sum(p.numel() for p in model.parameters()),
+            "trained": sum(p.numel() for p in trained),
+            "trained_without_head": sum(p.numel() for p in trained if id(p) not in heads)}

@@ -1,0 +1,146 @@
+"""Supervised fine-tuning on answers: transformers.Trainer with our loss, our evaluation and our record.
+
+Loss is cross-entropy at labelled tokens only, divided by their number in the whole accumulated batch.
+"""
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.contrib.logging import logging_redirect_tqdm
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.modeling_outputs import CausalLMOutput
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from stt.arguments import LLMArgs
+from stt.errors import InputError, TrainingFailed
+
+# Shapes: B examples, T tokens, V words, L labelled tokens.
+
+Encoded = dict[str, list[int]]  # input_ids and labels (-100: not trained on) of one example
+
+
+def collate(pad_id: int) -> Callable[[Sequence[Encoded]], dict[str, Tensor]]:
+    """Batches padded on the right: input_ids, attention_mask and labels, all (B, T)."""
+    def padded(rows: Sequence[list[int]], filler: int) -> Tensor:
+        return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=filler)
+
+    def batch(examples: Sequence[Encoded]) -> dict[str, Tensor]:
+        ids = [example["input_ids"] for example in examples]
+        return {"input_ids": padded(ids, pad_id), "attention_mask": padded([[1] * len(row) for row in ids], 0),
+                "labels": padded([example["labels"] for example in examples], -100)}
+    return batch
+
+
+def answer_loss(outputs: CausalLMOutput, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    """Cross-entropy summed over labelled tokens, over their number in the accumulated batch (here, if not given)."""
+    logits, labels = outputs.logits[:, :-1], labels[:, 1:]  # (B, T-1, V), (B, T-1)
+    is_labelled = labels != -100
+    loss = F.cross_entropy(logits[is_labelled].float(), labels[is_labelled], reduction="sum")  # (L, V), (L,)
+    return loss / (is_labelled.sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+class SFTTrainer(Trainer):
+    """`evaluate` measures accuracy by generation: what `validate()` returns."""
+
+    def __init__(self, *args: object, validate: Callable[[], float] | None = None, **kwargs: object):
+        super().__init__(*args, compute_loss_func=answer_loss, **kwargs)
+        self.validate = validate
+
+    def evaluate(self, eval_dataset: object = None, ignore_keys: object = None,
+                 metric_key_prefix: str = "eval") -> dict[str, float]:
+        metrics = {f"{metric_key_prefix}_accuracy": self.validate(), "epoch": self.state.epoch}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class Bar(ProgressCallback):
+    """Trainer's progress bar without the numbers, which go to the record."""
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        pass
+
+
+class Record(TrainerCallback):
+    """Writes what Trainer logs into the run's record, and stops before an update that is not a number."""
+
+    def __init__(self, log: Callable[..., None]):
+        self.write = log
+        self.started = time.perf_counter()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None,
+               **_: object) -> None:
+        seconds = time.perf_counter() - self.started
+        if "loss" in logs:
+            numbers = {key: logs[key] for key in ("loss", "learning_rate", "grad_norm") if key in logs}
+            self.write(step=state.global_step, epoch=round(state.epoch, 4), seconds=seconds, **numbers)
+        elif "eval_accuracy" in logs:
+            self.write(step=state.global_step, epoch=round(state.epoch, 4), validation_accuracy=logs["eval_accuracy"])
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+                              model: nn.Module | None = None, **_: object) -> None:
+        if args.fp16:  # an overflow is expected there: the gradient scaler skips the step
+            return
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if not torch.stack([g.isfinite().all() for g in gradients]).all():
+            raise TrainingFailed(f"the gradient became NaN or infinite at step {state.global_step + 1}, before its "
+                                 "update: lower --lr, or check the data; the checkpoints before it are kept")
+
+
+def training_arguments(args: LLMArgs, folder: Path, device: torch.device,
+                       autocast_dtype: torch.dtype | None) -> TrainingArguments:
+    """What transformers.Trainer is told: a checkpoint after every epoch, and no reporting but ours."""
+    return TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=args.train_batch, num_train_epochs=args.num_epoch,
+        gradient_accumulation_steps=args.gradient_accumulation_steps, learning_rate=args.lr, weight_decay=args.wd,
+        max_grad_norm=args.max_grad_norm, lr_scheduler_type="linear" if args.schedule else "constant",
+        warmup_steps=args.warmup_ratio if args.schedule else 0, seed=args.seed, data_seed=args.seed,
+        bf16=autocast_dtype is torch.bfloat16, fp16=autocast_dtype is torch.float16, use_cpu=device.type == "cpu",
+        logging_steps=args.log_interval, logging_first_step=True, logging_nan_inf_filter=False, report_to=[],
+        eval_strategy="epoch" if args.eval_epochs else "no", save_strategy="epoch", save_total_limit=2,
+        load_best_model_at_end=args.select_best, metric_for_best_model="accuracy" if args.select_best else None,
+        remove_unused_columns=False, label_names=["labels"], disable_tqdm=not sys.stderr.isatty())
+
+
+def train(model: nn.Module, encoded: Sequence[Encoded], pad_id: int, arguments: TrainingArguments,
+          log: Callable[..., None], validate: Callable[[], float] | None = None, resume: bool = False) -> TrainerState:
+    """Train what requires gradients; the state after the last step.
+
+    Raises TrainingFailed for a loss or gradient that is not a number or for too little memory, and InputError if there
+    is nothing to resume.
+    """
+    check_trained_dtype(model)
+    trainer = SFTTrainer(model=model, args=arguments, train_dataset=list(encoded), data_collator=collate(pad_id),
+                         eval_dataset=[] if validate else None, validate=validate, callbacks=[Record(log)])
+    trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback):
+        trainer.add_callback(Bar)
+    checkpoint = last_checkpoint(Path(arguments.output_dir)) if resume else None
+    try:
+        with logging_redirect_tqdm():
+            trainer.train(resume_from_checkpoint=checkpoint)
+    except torch.OutOfMemoryError as error:
+        raise TrainingFailed(f"the device ran out of memory: halve --train_batch and double "
+                             f"--gradient_accumulation_steps ({str(error).splitlines()[0]})") from error
+    return trainer.state
+
+
+def last_checkpoint(folder: Path) -> str:
+    """The newest checkpoint folder. Raises InputError if there is none."""
+    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if found is None:
+        raise InputError(f"nothing to resume: {folder} holds no checkpoint; start without --resume")
+    return found
+
+
+def check_trained_dtype(model: nn.Module) -> None:
+    """Our invariant: whatever trains is float32 (half-precision weights hardly move at fine-tuning step sizes)."""
+    wrong = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
+    assert not wrong, f"trained parameters must be float32: {wrong[:3]}"

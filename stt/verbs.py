@@ -1,0 +1,118 @@
+"""The command `stt VERB ...`: reports, what a model's sites are, and export. Nothing heavy is imported before a verb
+runs, so that `stt --help` answers at once."""
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from stt.arguments import resolve_model
+from stt.cli import run
+from stt.errors import InputError, unknown_name
+
+
+@dataclass(frozen=True)
+class ReportArgs:
+    """Put finished runs side by side: a table and a figure, seeds of one configuration averaged."""
+
+    runs: Annotated[tuple[str, ...], Positional, arg(metavar="RUN ...")]
+    """run folders, as many as you like"""
+    out: str | None = None
+    """existing folder for comparison.md and comparison.png; None = the folder that holds the runs"""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise InputError("no run given; give the run folders to compare, as in `stt report outputs/*`.")
+
+
+@dataclass(frozen=True)
+class SitesArgs:
+    """Show the feed-forward sites of a model, and what was looked at and left out."""
+
+    model: Annotated[str, Positional, arg(metavar="MODEL")]
+    """folder, hub id or alias"""
+    json: bool = False
+    """write JSON instead of a table"""
+
+
+@dataclass(frozen=True)
+class ExportArgs:
+    """Turn a trained sliced model into a plain Hugging Face folder."""
+
+    dir: Annotated[str, Positional, arg(metavar="DIR")]
+    """folder of the sliced model, as stt.save writes it"""
+    to: Literal["hf", "dense"]
+    """hf: still narrow, loads without stt; dense: its trained neurons written back into the original model"""
+    out: str
+    """folder to write"""
+    base: str | None = None
+    """the original model, for --to dense; None = the one the sliced model was made from"""
+
+
+def report(args: ReportArgs) -> None:
+    """`stt report`"""
+    from stt.report import compare
+
+    out = Path(args.out or os.path.commonpath([Path(folder).resolve().parent for folder in args.runs]))
+    if not out.is_dir():
+        raise InputError(f"no folder {args.out!r} to write to; make it, or leave --out away.")
+    tables = compare(args.runs, out / "comparison.png")
+    (out / "comparison.md").write_text(tables, encoding="utf-8")
+    sys.stdout.write(f"{tables}\n{out / 'comparison.md'} and comparison.png\n")
+
+
+def sites(args: SitesArgs) -> None:
+    """`stt sites`"""
+    from stt.sites import describe
+
+    found = describe(resolve_model(args.model))
+    sys.stdout.write((json.dumps(found, indent=2) if args.json else _site_table(found)) + "\n")
+
+
+def export(args: ExportArgs) -> None:
+    """`stt export`"""
+    from stt.checkpoint import export_dense, export_hf
+
+    if args.to == "hf":
+        export_hf(args.dir, args.out)
+    else:
+        export_dense(args.dir, args.out, args.base)
+    sys.stdout.write(f"{args.out}\n")
+
+
+VERBS: dict[str, tuple[Callable[..., None], type]] = {"report": (report, ReportArgs), "sites": (sites, SitesArgs),
+                                                      "export": (export, ExportArgs)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code of `stt VERB ...` (stt/cli.py says which)."""
+    verb, *rest = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
+    if verb in ("-h", "--help"):
+        sys.stdout.write(_usage())
+        return 0
+    if verb not in VERBS:
+        sys.stderr.write(f"error: {unknown_name('verb', verb, VERBS)}\n")
+        return 2
+    act, cls = VERBS[verb]
+    return run(act, cls, rest, prog=f"stt {verb}")
+
+
+def _usage() -> str:
+    lines = [f"  stt {verb:<8}{cls.__doc__.splitlines()[0]}" for verb, (_, cls) in VERBS.items()]
+    return "\n".join(["usage: stt VERB ...", "", *lines, "", "`stt VERB --help` lists the flags of a verb.", ""])
+
+
+def _site_table(found: Mapping[str, object]) -> str:
+    """`found` as stt.sites.describe makes it: model, sites [{name, kind, width, members}], left_out [{name, reason}]."""
+    rows = [(site["name"], site["kind"], str(site["width"]), ", ".join(site["members"])) for site in found["sites"]]
+    widths = [max(map(len, column)) for column in zip(("site", "kind", "width", "members"), *rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+             for row in (("site", "kind", "width", "members"), *rows)]
+    lines += [f"left out  {entry['name']}: {entry['reason']}" for entry in found["left_out"]]
+    return "\n".join(lines)

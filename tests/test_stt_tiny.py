@@ -1,0 +1,258 @@
+"""The shipped base model: its files, its tokenizer, what it has learned, and what it must never have seen."""
+from __future__ import annotations
+
+import ast
+import importlib.machinery
+import importlib.util
+import itertools
+import json
+import math
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
+
+from stt.dataset import kinship, kinship_text
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "models" / "stt-tiny"
+DATA = ROOT / "datasets" / "clutrr"
+SCRIPT = ROOT / "scripts" / "pretrain_tiny"
+
+
+@pytest.fixture(scope="module")
+def script():
+    loader = importlib.machinery.SourceFileLoader("pretrain_tiny", str(SCRIPT))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("pretrain_tiny", loader))
+    loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(MODEL)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(MODEL).eval()
+
+
+@pytest.fixture(scope="module")
+def held_out_items():
+    return [item for name in ("val", "test") for item in json.loads((DATA / f"{name}.json").read_text())]
+
+
+# ----------------------------------------------------------------------------------------------------------- the files
+
+
+def test_size_and_files():
+    sizes = {path.name: path.stat().st_size for path in MODEL.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "heldout.txt",
+            "pretraining.json"} <= set(sizes)
+    assert sum(sizes.values()) <= 6_000_000
+    assert 40_000 <= sizes["heldout.txt"] <= 60_000
+    assert all(os.access(path, os.R_OK) for path in MODEL.iterdir())
+
+
+def test_model_is_qwen2_of_about_a_million(model):
+    assert type(model) is Qwen2ForCausalLM
+    assert 0.8e6 <= sum(weight.numel() for weight in model.parameters()) <= 2e6
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    assert model.config.tie_word_embeddings and model.config.max_position_embeddings == 256
+    assert all(torch.isfinite(weight).all() for weight in model.parameters())
+
+
+def test_record_matches_the_weights(model, tokenizer):
+    record = json.loads((MODEL / "pretraining.json").read_text())
+    assert record["parameters"] == sum(weight.numel() for weight in model.parameters())
+    assert record["vocabulary"] == len(tokenizer) == model.config.vocab_size
+    assert record["loss_curve"][-1]["step"] == record["arguments"]["steps"]
+    assert record["loss_curve"][-1]["loss"] < 0.5 * record["loss_curve"][0]["loss"]
+    assert record["document_shares"] == kinship_text.SHARES
+
+
+# -------------------------------------------------------------------------------------------------------- the tokenizer
+
+
+def test_vocabulary_and_special_tokens(tokenizer):
+    assert len(tokenizer) <= 1024
+    assert tokenizer.eos_token_id != tokenizer.pad_token_id
+    assert None not in (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert tokenizer.padding_side == "left"
+
+
+def test_any_text_survives_a_round_trip(tokenizer):
+    for text in ("Anna's brother is Ben.", " two  spaces\tand\nlines", "żółw 漢字 🙂 ~#", ""):
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+def test_every_name_is_one_token(tokenizer):
+    names = [name for pool in kinship_text.NAMES.values() for name in pool]
+    assert len(set(names)) == 80
+    for name in names:
+        assert len(tokenizer.encode(" " + name, add_special_tokens=False)) == 1, name
+        assert len(tokenizer.encode(name, add_special_tokens=False)) == 1, name
+
+
+def test_stories_are_at_most_80_tokens(tokenizer):
+    for split in ("train", "val", "test"):
+        for item in json.loads((DATA / f"{split}.json").read_text()):
+            story = item["story"].replace("[", "").replace("]", "")
+            assert len(tokenizer.encode(story, add_special_tokens=False)) <= 80
+            assert len(tokenizer.encode(" " + item["target_text"], add_special_tokens=False)) <= 5
+
+
+def test_chat_template(tokenizer):
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "Hello."}], tokenize=False,
+                                         add_generation_prompt=True)
+    assert text == "user: Hello.\nassistant:"
+
+
+# ---------------------------------------------------------------------------------------------------- what it has learned
+
+
+def slow_perplexity(model, ids, piece=128):
+    """exp(mean of -log p(next token)) over separate pieces, one token at a time in the sum."""
+    total = count = 0
+    for start in range(0, len(ids) - piece + 1, piece):
+        part = torch.tensor([ids[start : start + piece]])
+        with torch.no_grad():
+            log_p = model(input_ids=part).logits[0].double().log_softmax(-1)
+        for position in range(piece - 1):
+            total -= log_p[position, part[0, position + 1]].item()
+            count += 1
+    return math.exp(total / count)
+
+
+def test_perplexity_is_far_below_an_untrained_copy(script, model, tokenizer):
+    text = (MODEL / "heldout.txt").read_text()
+    torch.manual_seed(0)
+    untrained = Qwen2ForCausalLM(model.config).eval()
+    ids = tokenizer.encode(text[:8000], add_special_tokens=False, verbose=False)
+    trained, chance = slow_perplexity(model, ids), slow_perplexity(untrained, ids)
+    assert trained < 6 < 500 < chance
+    record = json.loads((MODEL / "pretraining.json").read_text())
+    assert script.perplexity(model, tokenizer, text) == pytest.approx(record["heldout_perplexity"], rel=1e-3)
+    every = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    assert slow_perplexity(model, every[: 128 * 20]) == pytest.approx(
+        script.perplexity(model, tokenizer, tokenizer.decode(every[: 128 * 20])), rel=1e-3)
+
+
+def test_it_knows_who_is_a_man(model, tokenizer):
+    """A first sign of life: after "<name> is a", the right one of man and woman for nearly every name."""
+    right = 0
+    for gender, names in kinship_text.NAMES.items():
+        man, woman = (tokenizer.encode(f" {noun}", add_special_tokens=False)[0] for noun in ("man", "woman"))
+        for name in names:
+            ids = torch.tensor([tokenizer.encode(f"{name} is a", add_special_tokens=False)])
+            with torch.no_grad():
+                logits = model(input_ids=ids).logits[0, -1]
+            right += (logits[man] > logits[woman]).item() == (gender == "male")
+    assert right >= 72  # of 80
+
+
+# ------------------------------------------------------------------------------------------- what it must not have seen
+
+
+def names_and_facts(item):
+    names = [pair.split(":")[0] for pair in item["genders"].split(",")]
+    return tuple(names), tuple(ast.literal_eval(item["edge_types"]))
+
+
+def test_kept_out_is_every_val_and_test_item(script, held_out_items):
+    assert script.kept_out(DATA) == {names_and_facts(item) for item in held_out_items}
+
+
+def test_no_val_or_test_item_in_the_text(script, held_out_items):
+    """A sample of the regenerated training text, and heldout.txt, against the items by three ways to look."""
+    forbidden = {names_and_facts(item) for item in held_out_items}
+    stories = [item[field].replace("[", "").replace("]", "")
+               for item in held_out_items for field in ("story", "clean_story")]
+    sentences = [frozenset(story.removesuffix(".").split(". ")) for story in stories]
+    held_out = script.held_out_documents(0, script.kept_out(DATA))
+    sample = list(itertools.islice(script.training_documents(0, script.kept_out(DATA), held_out), 4000))
+    assert "\n".join(held_out) + "\n" == (MODEL / "heldout.txt").read_text()
+    assert not {document.text for document in sample} & set(held_out)
+    assert not {(document.people, document.chain) for document in sample} & forbidden
+    for text in [document.text for document in sample] + held_out:
+        said = set(text.removesuffix(".").split(". "))
+        assert not any(story <= said for story in sentences), text
+    joined = "\n".join(document.text for document in sample)
+    assert not any(story in joined for story in stories)
+
+
+def test_what_is_held_out_is_skipped():
+    """The same stream with everything it told held out tells none of it again."""
+    first = [document for document in itertools.islice(kinship_text.documents(random.Random(3)), 400)]
+    held_out = {(document.people, document.chain) for document in first if document.chain}
+    assert len(held_out) > 20
+    again = list(itertools.islice(kinship_text.documents(random.Random(3), held_out), 400))
+    assert not {(document.people, document.chain) for document in again} & held_out
+
+
+def test_told_relations_are_true():
+    """In a chain document, every "x's r is y" that is added follows from the chain by the composition table."""
+    for document in itertools.islice(kinship_text.documents(random.Random(1)), 2000):
+        if document.kind != "chains":
+            continue
+        spans = itertools.combinations(range(len(document.people)), 2)
+        true = {(document.people[i], kinship.fold(document.chain[i:j]), document.people[j]) for i, j in spans}
+        asides = document.text.removesuffix(".").split(". ")[len(document.chain):]
+        told = " ".join(asides)
+        assert told and any(x in told and y in told and str(r) in told for x, r, y in true)
+
+
+def test_task_prompt_is_not_in_the_text():
+    text = " ".join(document.text for document in itertools.islice(kinship_text.documents(random.Random(2)), 4000))
+    assert "related" not in text
+
+
+# ------------------------------------------------------------------------------------------------------------ the script
+
+TINY = ["--hidden", "16", "--layers", "1", "--intermediate", "16", "--batch", "2", "--length", "32", "--threads", "1"]
+
+
+def test_two_steps_run_and_repeat(script, tmp_path, capsys):
+    for name in ("a", "b"):
+        assert script.main(["--out", str(tmp_path / name), "--steps", "2", *TINY]) == 0
+    assert "held-out perplexity" in capsys.readouterr().out
+    for name in ("model.safetensors", "tokenizer.json", "heldout.txt"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert (tmp_path / "a" / "heldout.txt").read_bytes() == (MODEL / "heldout.txt").read_bytes()
+    assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (MODEL / "tokenizer.json").read_bytes()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "a").config.hidden_size == 16
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--steps", "0"], "--steps must be from 1"),
+    (["--hidden", "20"], "multiple of 8"),
+    (["--learning_rate", "nan"], "--learning_rate must be above 0"),
+    (["--length", "300"], "from 16 to 256"),
+    (["--data", "no_such_folder"], "is missing"),
+    (["--size", "big"], "unrecognized arguments"),
+])
+def test_bad_input_writes_nothing(script, tmp_path, capsys, flags, message):
+    assert script.main(["--out", str(tmp_path / "new"), *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_nan_loss_stops_with_exit_code_3(script, tmp_path, capsys, monkeypatch):
+    build = script.build_model
+
+    def broken(args, tokenizer):
+        model = build(args, tokenizer)
+        with torch.no_grad():
+            model.model.norm.weight.fill_(math.nan)
+        return model
+
+    monkeypatch.setattr(script, "build_model", broken)
+    assert script.main(["--out", str(tmp_path / "new"), "--steps", "2", *TINY]) == 3
+    assert "at step 1" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,175 @@
+#!/usr/bin/env python
+"""Select-then-train a decoder: choose its neurons on a little data, train only those, measure, report.
+
+Without arguments: models/stt-tiny on the shipped CLUTRR data, offline. `python train_llm.py --help` explains the flags.
+"""
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stt import cli
+from stt.arguments import LLMArgs, resolved
+from stt.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from stt.dataset import Task
+    from stt.evaluate.llm import Judge
+    from stt.modes import Mode
+    from stt.selection import Selection
+
+logger = logging.getLogger("stt.train_llm")
+
+DEV_SHARE = 0.1  # of the training data, held out by --dev_mode
+MAY_CHANGE = ("resume", "overwrite", "eval_batch", "eval_restored", "log_interval", "output_dir", "ppl_text",
+              "use_wandb", "wandb_project", "wandb_entity", "wandb_run_name")  # between a run and its resumption
+
+
+def main(args: LLMArgs) -> int:
+    from stt import modes, report
+    from stt.dataset import encode_all
+    from stt.evaluate.llm import Judge
+    from stt.loading import compute_dtype, load_model, load_tokenizer
+    from stt.surgery import count_parameters
+    from stt.trainers.sft import train, training_arguments
+    from util.clock import Clock
+    from util.utils import RunFolder, git_commit, peak_memory_bytes, pick_device, set_seed, versions
+
+    # ---------------------------------------------------------------- everything that can be wrong, before any write
+    args, device, clock = resolved(args), pick_device(), Clock()
+    set_seed(args.seed)
+    mode = modes.find(args.mode)
+    run = RunFolder(Path(args.output_dir) / args.run_name, args.overwrite, args.resume)
+    step = resumed_step(run.path, args) if args.resume else 0
+    task, tokenizer = load_data(args), load_tokenizer(args.model)
+    encoded, _ = encode_all(task.train, tokenizer, args.max_length, args.apply_chat_template)
+    autocast_dtype = compute_dtype(args.precision, device)
+    judge = Judge(args.model, task, tokenizer, Path(args.ppl_text).read_text(encoding="utf-8"), args.eval_batch,
+                  args.max_length, args.apply_chat_template, autocast_dtype)
+    model = load_model(args.model, autocast_dtype, device)
+    if mode.score:
+        modes.check_sites(model, args.partial)
+    run.start(asdict(args), wandb(args), step)
+
+    # ---------------------------------------------------------------- select
+    parameters = {"dense": count_parameters(model)["total"]}
+    perplexity = {"dense": judge.perplexity(model)}
+    selection, sites, selection_flops = None, [], 0
+    if mode.score:
+        with clock.lap("selection"):
+            selection, sites, selection_flops = select(args, mode, model, judge, run.path)
+
+    # ---------------------------------------------------------------- then train
+    lora = modes.Lora(args.lora_r, args.lora_alpha, args.lora_dropout)
+    modes.prepare(mode, model, selection, lora, args.head, args.tune_attn)
+    parameters |= {name: count for name, count in count_parameters(model).items() if name != "total"}
+    perplexity |= {"sliced": judge.perplexity(model)} if selection is not None else {}
+    flops = judge.flops(model, encoded, args.num_epoch * len(encoded), selection_flops)
+    validate = (lambda: judge.accuracy(model, task.validation)) if args.eval_epochs else None
+    with clock.lap("training"):
+        train(model, encoded, tokenizer.pad_token_id, training_arguments(args, run.path, device, autocast_dtype),
+              run.log, validate, args.resume)
+    peak = peak_memory_bytes()
+
+    # ---------------------------------------------------------------- measure
+    with clock.lap("evaluation"):
+        modes.merge_adapters(model)
+        parameters |= {"kept": count_parameters(model)["total"], "kept_fraction_of_units": kept_fraction(selection)}
+        accuracy = judge.test(model, run.path)
+        perplexity["trained"] = judge.perplexity(model)
+        throughput = judge.throughput(model, is_sliced=selection is not None)
+        if args.eval_restored:
+            accuracy["restored"] = judge.restored(model)
+
+    # ---------------------------------------------------------------- ship and report
+    ship(model, tokenizer, run.path / "checkpoint", selection is not None)
+    results = {
+        "recipe": "train_llm", "mode": args.mode, "model": args.model, "task": args.task, "seed": args.seed,
+        "head": args.head, "dev_mode": args.dev_mode, "accuracy": accuracy, "perplexity": perplexity,
+        "parameters": parameters, "flops": flops, "throughput": throughput, "peak_memory_bytes": peak, "seconds": clock.seconds(),
+        "sites": sites, "versions": versions(), "git_commit": git_commit(), "device": str(device)}
+    report.write_report(run.path, results)
+    run.finish(results)
+    print("\n".join([*report.summary_lines(results), f"report: {run.path / 'report.html'}"]))
+    return 0
+
+
+def load_data(args: LLMArgs) -> Task:
+    """The task's splits, cut down as the flags say."""
+    from stt.dataset import dev_split, limit, load_task
+
+    task = load_task(args.task, args.data_dir)
+    return limit(dev_split(task, DEV_SHARE, args.seed) if args.dev_mode else task, args.train_size)
+
+
+def select(args: LLMArgs, mode: Mode, model: PreTrainedModel, judge: Judge,
+           folder: Path) -> tuple[Selection, list[dict[str, object]], int]:
+    """The selection (the run's own if it is resumed), its sites for the record, and the FLOPs of making it."""
+    from stt.dataset import encode_all, selection_subset
+    from stt.modes import select_units
+    from stt.selecting import Budget
+    from stt.selection import Selection
+    from stt.trainers.sft import collate
+
+    examples = selection_subset(judge.task.train, args.active_sample_ratio, args.seed)
+    rows, _ = encode_all(examples, judge.tokenizer, args.max_length, args.apply_chat_template)
+    batches = [collate(judge.tokenizer.pad_token_id)(rows[i:i + args.eval_batch])
+               for i in range(0, len(rows), args.eval_batch)]
+    selection, composition = select_units(mode, model, batches, judge.tokenizer,
+                                          Budget(args.topk_ratio, args.keep_ratio), args.active_threshold, args.seed,
+                                          args.count_padding)
+    path = folder / "selection.safetensors"
+    if args.resume and Selection.load(path) != selection:
+        raise InputError(f"{path} is not what this run selects now: the model or the data changed; start again with "
+                         "--overwrite")
+    selection.save(path)
+    sites = [{"name": name, "width": selection.widths[name], "kept": len(ids), **composition.get(name, {})}
+             for name, ids in selection.items()]
+    return selection, sites, judge.selection_flops(model, rows)
+
+
+def kept_fraction(selection: Selection | None) -> float:
+    return 1.0 if selection is None else sum(map(len, selection.values())) / sum(selection.widths.values())
+
+
+def ship(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, is_sliced: bool) -> None:
+    """The trained model and its tokenizer, for stt.load or plain from_pretrained."""
+    from stt import checkpoint
+
+    if is_sliced:
+        checkpoint.save(model, folder, tokenizer)
+    else:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def resumed_step(folder: Path, args: LLMArgs) -> int:
+    """The step of the checkpoint to go on from. Raises InputError if the run was started with other flags."""
+    from stt.trainers.sft import last_checkpoint
+
+    step = int(last_checkpoint(folder).rpartition("-")[2])
+    before = json.loads((folder / "args.json").read_text(encoding="utf-8"))["arguments"]
+    for name, value in asdict(args).items():
+        if name not in MAY_CHANGE and before.get(name) != value:
+            raise InputError(f"the run in {folder} was started with {name} {before.get(name)!r}, now it is {value!r}: "
+                             "resume with the same flags, or start another run")
+    return step
+
+
+def wandb(args: LLMArgs):
+    """The W&B run if asked for, else nothing."""
+    from util.sinks import NoSink, wandb_sink
+
+    if not args.use_wandb:
+        return NoSink()
+    return wandb_sink(args.wandb_project, args.wandb_entity, args.wandb_run_name or args.run_name, asdict(args))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, LLMArgs, prog="train_llm.py"))

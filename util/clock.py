@@ -1,0 +1,24 @@
+"""Wall time of the parts of a run."""
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Clock:
+    """Seconds of named laps, and since it was made."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._laps: dict[str, float] = {}
+
+    @contextmanager
+    def lap(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._laps[name] = self._laps.get(name, 0.0) + time.perf_counter() - started
+
+    def seconds(self) -> dict[str, float]:
+        """Each lap, and "total" up to now."""
+        return {**self._laps, "total": time.perf_counter() - self._started}

@@ -1,0 +1,68 @@
+"""Counts the floating-point operations of a model: 1 multiply-add = 2 FLOPs, matrix products and convolutions only.
+
+Attention counts as its plain matrix products, 2 forward and 4 backward, over all T x T positions, whatever kernel runs
+it: a fused kernel computes the scores a second time in the backward pass, and that recomputation is not counted, so the
+number is the same on CPU and GPU and under eager attention.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+# B batch, H heads, T query tokens, S key tokens, D width of a query, V width of a value
+
+Batch = Mapping[str, Tensor]
+aten = torch.ops.aten
+KERNELS = ("efficient_attention", "flash_attention", "flash_attention_for_cpu", "cudnn_attention",
+           "fused_attention_overrideable")
+
+
+def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
+    B, H, T, D = query
+    S, V = key[-2], value[-1]
+    return 2 * B * H * T * S * (D + V)  # queries @ keys, then weights @ values
+
+
+def _attention_backward(_: torch.Size, *shapes: torch.Size, **__: object) -> int:
+    return 2 * _attention(*shapes)  # each product has a gradient towards both of its factors
+
+
+FORMULAS = {getattr(aten, f"_scaled_dot_product_{kernel}"): _attention for kernel in KERNELS}
+FORMULAS |= {getattr(aten, f"_scaled_dot_product_{kernel}_backward"): _attention_backward for kernel in KERNELS}
+
+
+def forward_flops(model: nn.Module, batch: Batch) -> int:
+    """FLOPs of `model(**batch)` without gradients."""
+    with torch.no_grad():
+        return _count(lambda: model(**batch))
+
+
+def training_flops(model: nn.Module, batch: Batch, loss: Callable[[nn.Module, Batch], Tensor] | None = None) -> int:
+    """FLOPs of one forward and backward pass, as far as the trainable parameters need it.
+
+    `loss(model, batch)` is what is differentiated (default: the model's own `.loss`). Gradients, weights and the random
+    state stay as they are. The optimizer's element-wise work is not counted; what activation checkpointing computes
+    twice is counted twice.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    objective = loss or (lambda model, batch: model(**batch).loss)
+    with torch.enable_grad():
+        return _count(lambda: torch.autograd.grad(objective(model, batch), trainable, allow_unused=True))
+
+
+def run_flops(training_batch: int, steps: int, inference_example: int, selection_example: int = 0,
+              selection_examples: int = 0) -> dict[str, int]:
+    """The `flops` entry of results.json from counts of one batch and one example each: the selection pass, all
+    training `steps` (forward passes, not optimizer steps), and the forward pass of one example."""
+    selection = {"selection": selection_example * selection_examples} if selection_examples else {}
+    return {**selection, "training": training_batch * steps, "inference": inference_example}
+
+
+def _count(work: Callable[[], object]) -> int:
+    counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+    with torch.random.fork_rng(range(torch.cuda.device_count())), counter:
+        work()
+    return counter.get_total_flops()
