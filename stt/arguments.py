@@ -159,12 +159,15 @@ class LLMArgs:
         for name in ("model", "task", "output_dir", "run_name"):
             if getattr(self, name) == "":
                 raise InputError(f"{name} must not be empty")
-        if self.run_name is not None and Path(self.run_name).name != self.run_name:
+        if self.run_name is not None and (Path(self.run_name).name != self.run_name or self.run_name == ".."):
             raise InputError(f"run_name must be one folder name, got {self.run_name!r}; output_dir takes a path.")
         if self.resume and self.overwrite:
             raise InputError("resume continues a run and overwrite deletes it; give one of them.")
         if self.select_best and not self.eval_epochs:
             raise InputError("select_best compares the epochs' validation accuracies, so it needs eval_epochs.")
+        if self.tune_attn and self.mode in KEEPS_EVERYTHING:
+            raise InputError(f"tune_attn adds the attention to what a selection trains; mode {self.mode!r} trains it "
+                             "anyway, leave it out.")
         if self.eval_restored and self.mode in KEEPS_EVERYTHING:
             raise InputError(f"eval_restored puts removed neurons back, and mode {self.mode!r} removes none.")
 
@@ -194,7 +197,7 @@ def resolve_model(name: str) -> str:
         return MODEL_ALIASES[name]
     for folder in (Path(name).expanduser(), CHECKOUT / name):
         if folder.is_dir():
-            return str(folder)
+            return str(folder.resolve())
     if name.startswith((".", "/", "~", "models/")) or name.count("/") > 1 or Path(name).exists():
         raise InputError(f"no model folder {name!r}; give a folder with config.json and weights, a hub id such as "
                          f"{MODEL_ALIASES['qwen']}, or one of {', '.join(MODEL_ALIASES)}.")

@@ -39,7 +39,9 @@ def run(main: Callable[[Args], int | None], cls: type[Args], argv: Sequence[str]
     """
     _log_to_stderr()
     try:
-        return main(read_args(cls, argv, prog)) or 0
+        code = main(read_args(cls, argv, prog)) or 0
+        sys.stdout.flush()
+        return code
     except InputError as error:
         return _fail(error, 2)
     except TrainingFailed as error:

@@ -54,13 +54,14 @@ def compare(run_dirs: Sequence[str | Path], figure: str | Path | None = None) ->
 
 def _title(run: Run) -> str:
     results = run.results
+    split = "held-out" if results.get("dev_mode") else "test"
     return (f"{results['recipe']} · {results['task']} · {model_name(results['model'])} · "
-            f"head {HEADS.get(results['head'], results['head'])} · {results['accuracy']['n']} test examples")
+            f"head {HEADS.get(results['head'], results['head'])} · {results['accuracy']['n']} {split} examples")
 
 
 def _add(rows: list[Row], run: Run) -> None:
     configuration = {name: value for name, value in run.arguments.items() if name not in NOT_CONFIGURATION}
-    configuration["mode"] = run.results["mode"]
+    configuration |= {"mode": run.results["mode"], "model": model_name(run.results["model"])}  # not where it lies
     row = next((row for row in rows if row.configuration == configuration), None)
     if row is None:
         row = Row(configuration)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -50,3 +51,15 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+
+
+def on_meta(name: str) -> PreTrainedModel:
+    """The model class of a folder or hub id on the meta device: shapes without weights, from config.json alone."""
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"cannot read the config of {name!r} ({_first_line(error)}): give a folder with config.json, "
+                         "or a hub id that can be reached") from error
+    architecture = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
+    with torch.device("meta"):
+        return architecture.from_config(config) if architecture is transformers.AutoModel else architecture(config)

@@ -79,9 +79,9 @@ def prepare(mode: Mode, model: nn.Module, selection: Selection | None, lora: Lor
             tune_attn: bool = False) -> list[str]:
     """Slice, adapt and freeze: the model is ready to train; names of what trains.
 
-    `tune_attn` trains the other projections of the layers too. Raises InputError where it would change nothing.
+    `tune_attn` trains the other projections of the layers too.
     """
-    others = other_projections(model)
+    attention = other_projections(model) if tune_attn else []
     if selection is not None:
         apply(model, selection)
     if mode.trains == "everything":
@@ -90,12 +90,8 @@ def prepare(mode: Mode, model: nn.Module, selection: Selection | None, lora: Lor
         chosen = sliced_parameters(model)
     else:
         chosen = add_lora(model, lora) if selection is None else add_stt_lora(model, lora.r, lora.alpha, lora.dropout)
-    if tune_attn:
-        if selection is None:
-            raise InputError("--tune_attn adds the attention projections to what a selection trains; "
-                             "modes baseline and lora adapt them anyway, leave it out")
-        chosen += [f"{name}.{parameter}" for name in others
-                   for parameter, _ in model.get_submodule(name).named_parameters(recurse=False)]
+    chosen += [f"{name}.{parameter}" for name in attention
+               for parameter, _ in model.get_submodule(name).named_parameters(recurse=False)]
     return train_only(model, chosen, head)
 
 

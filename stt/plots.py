@@ -70,6 +70,7 @@ def training_curve(rows: Sequence[Mapping[str, float | None]], path: str | Path,
         if scores:
             _validation(axes[1, 0], scores, colour)
         axes[-1, 0].set_xlabel("optimizer step")
+        axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)
 
 
 def kept_units(sites: Sequence[Mapping[str, object]], path: str | Path) -> None:
@@ -129,7 +130,7 @@ def _loss(axes: Axes, points: Sequence[tuple[float, float]], colour: str) -> Non
     steps, losses = zip(*points, strict=True)
     smooth = _smoothed(losses)
     axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=1)
-    axes.plot(steps, smooth, color=colour, linewidth=2)
+    axes.plot(steps, smooth, color=colour, linewidth=2, marker="o" if len(steps) == 1 else None)
     axes.set_ylim(0, max(losses) * 1.05)
     _end_label(axes, steps[-1], smooth[-1], f"{smooth[-1]:.3g}", colour)
 

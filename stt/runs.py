@@ -37,4 +37,4 @@ def _read_json(path: Path) -> dict[str, object]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise InputError(f"{path} is not JSON ({error.msg} in line {error.lineno}); the run must be repeated.") from None
+        raise InputError(f"{path} is not JSON ({error.msg} in line {error.lineno}); repeat the run.") from None

@@ -97,6 +97,9 @@ def keep(measured: Measured, method: str, size: Budget) -> Selection:
 
 def _kept(of_site: list[Tensor], size: Budget, site: str) -> Tensor:
     if size.counts is not None:
+        if not 1 <= size.counts[site] <= len(of_site[0]):
+            raise InputError(f"the budget keeps {size.counts[site]} units of {site}, which has {len(of_site[0])}: "
+                             "keep at least one and at most all")
         return budget.interleaved(of_site, size.counts[site])
     if size.keep_ratio is not None:
         return budget.interleaved(of_site, budget.exact_count(len(of_site[0]), size.keep_ratio))

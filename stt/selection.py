@@ -86,7 +86,7 @@ class Selection(Mapping[str, Tensor]):
         path = Path(path)
         temporary = path.with_name(path.name + ".part")
         tensors = {site: ids.to(torch.int32).contiguous() for site, ids in self.items()}
-        save_file(tensors, temporary, metadata={"stt": json.dumps(self.meta, sort_keys=True)})
+        save_file(tensors, temporary, metadata={"stt": json.dumps(self.meta)})
         os.replace(temporary, path)
 
     @classmethod
@@ -97,20 +97,32 @@ class Selection(Mapping[str, Tensor]):
         try:
             with safe_open(path, "pt") as file:
                 meta = (file.metadata() or {}).get("stt")
-                units = {site: file.get_tensor(site).long() for site in file.keys()}
+                units = {site: file.get_tensor(site) for site in file.keys()}
         except SafetensorError as error:
             raise InputError(f"{path} is not a readable safetensors file ({error}): make the selection again") from error
+        meta = _parsed(meta)
         if meta is None:
             raise InputError(f"{path} is a safetensors file but not a selection: give the selection.safetensors of a run")
-        meta = json.loads(meta)
         if meta["format_version"] > FORMAT_VERSION:
             raise InputError(f"{path} has format {meta['format_version']}, this version reads up to {FORMAT_VERSION}: "
                              "update stt")
-        return cls({site: units[site] for site in meta.get("widths", units) if site in units}, meta)
+        return cls({site: units[site] for site in (*meta.get("widths", ()), *units) if site in units}, meta)
+
+
+def _parsed(meta: str | None) -> dict[str, object] | None:
+    """The metadata of a selection file; None if it is not one."""
+    try:
+        parsed = json.loads(meta or "")
+    except json.JSONDecodeError:
+        return None
+    return parsed if isinstance(parsed, dict) and isinstance(parsed.get("format_version"), int) else None
 
 
 def _checked(site: str, ids: Ids, width: int | None) -> Tensor:
-    tensor = torch.as_tensor(ids).detach().cpu().flatten()
+    try:
+        tensor = torch.as_tensor(ids).detach().cpu().flatten()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"unit ids of {site} must be whole numbers, got {ids!r:.60}") from error
     if tensor.numel() and (tensor.is_floating_point() or tensor.dtype == torch.bool):
         raise InputError(f"unit ids of {site} must be whole numbers, got {tensor.dtype}")
     tensor = tensor.long().sort().values

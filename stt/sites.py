@@ -98,12 +98,9 @@ def find_sites(model: nn.Module, example: Mapping[str, Tensor] | None = None) ->
     """
     shapes = tuple((name, tuple(p.shape)) for name, p in model.named_parameters())
     cached = model.__dict__.get("_stt_sites")
-    if cached is not None and cached[0] == shapes:
+    if example is None and cached is not None and cached[0] == shapes:
         return cached[1]
-    sources = trace(model, example)
-    candidates, left_out = _candidates(model, sources)
-    found, side_families = _main_families(model, candidates)
-    left_out += side_families + _unseen(model, sources)
+    found, left_out = _looked_at(model, example)
     if not found:
         reasons = "; ".join(f"{entry.name}: {entry.reason}" for entry in left_out[:3]) or "it has none"
         raise InputError(f"no feed-forward site in {type(model).__name__} ({reasons}). "
@@ -111,6 +108,27 @@ def find_sites(model: nn.Module, example: Mapping[str, Tensor] | None = None) ->
     sites = Sites({site.name: site for site in found}, tuple(left_out))
     model.__dict__["_stt_sites"] = (shapes, sites)
     return sites
+
+
+def describe(model: nn.Module) -> dict[str, object]:
+    """What was found and what was left out and why, as JSON: the answer of `stt sites`. A model of which nothing can be
+    sliced has no sites and all the reasons."""
+    sites, left_out = _looked_at(model, None)
+    return {"model": type(model).__name__,
+            "sites": [{"name": site.name, "kind": site.kind, "width": site.width,
+                       "members": [member.module.removeprefix(site.name + ".") for member in site.members]}
+                      for site in sites],
+            "left_out": [{"name": entry.name, "reason": entry.reason, "is_loss": entry.is_loss} for entry in left_out]}
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+@torch.autocast("cpu", enabled=False)
+def _looked_at(model: nn.Module, example: Mapping[str, Tensor] | None) -> tuple[list[Site], list[LeftOut]]:
+    sources = trace(model, example)
+    candidates, refused = _candidates(model, sources)
+    found, side_families = _main_families(model, candidates)
+    return found, refused + side_families + _unseen(model, sources)
 
 
 # ---------------------------------------------------------------- candidates: down projections and what feeds them
@@ -128,7 +146,8 @@ def _candidates(model: nn.Module, sources: list[Source]) -> tuple[list[Site], li
             continue
         if any(source.consumers != {position} for source in linear):
             continue
-        others = [source.parameter for source in feeding if not source.is_linear]
+        biases = {source.parameter.removesuffix("weight") + "bias" for source in linear}  # added outside F.linear
+        others = [s.parameter for s in feeding if not s.is_linear and s.parameter not in biases]
         decoded = _decode(down.input, [source.value for source in linear])
         name = down.parameter.removesuffix(".weight")
         if isinstance(decoded, str):
@@ -141,10 +160,25 @@ def _candidates(model: nn.Module, sources: list[Source]) -> tuple[list[Site], li
             explained |= {position, *bit_positions(down.reads)}
     used_elsewhere = {source.parameter.removesuffix(".weight") for position, source in enumerate(sources)
                       if source.is_linear and position not in explained}
-    for name in [name for name, site in sites.items() if any(m.module in used_elsewhere for m in site.members)]:
-        refused[name] = LeftOut(name, "a projection of it is also used elsewhere", is_loss=True)
-        del sites[name]
+    used_elsewhere |= _shared(model)
+    for name, site in list(sites.items()):
+        modules = [m.module for m in site.members]
+        if used_elsewhere.intersection(modules) or len(set(modules)) < len(modules):
+            refused[name] = LeftOut(name, "a projection of it is also used elsewhere", is_loss=True)
+            del sites[name]
+        used_elsewhere.update(modules)
     return _named_once(sites.values()), [entry for name, entry in refused.items() if _is_repeated(model, name)]
+
+
+def _shared(model: nn.Module) -> set[str]:
+    """Linear layers whose weight another layer, or the same one in another place, uses too: replacing one module would
+    leave the other as it was."""
+    places: dict[int, dict[tuple[int, str], str]] = {}  # id of a weight -> (owner, attribute) -> name
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear | Conv1D):
+            owner, _, attribute = name.rpartition(".")
+            places.setdefault(id(module.weight), {})[id(model.get_submodule(owner)), attribute] = name
+    return {name for names in places.values() if len(names) > 1 for name in names.values()}
 
 
 def _site(down: str, feeding: list[str], channels: list[Tensor], gate: tuple[int, int]) -> Site:
@@ -195,7 +229,7 @@ def _decode(x: Tensor, feeding: list[Tensor]) -> tuple[list[Tensor], tuple[int, 
             touched = products[0].abs().sum(-1).nonzero().flatten()
             if len(touched) > 1 or (len(touched) == 0 and not is_signed):
                 return MIXES_POSITIONS
-            if sum(v.shape[-1] for v in feeding) not in (width, 2 * width):
+            if value.shape[-1] % width or sum(v.shape[-1] for v in feeding) not in (width, 2 * width):
                 return "channel counts do not fit"
             if is_signed:
                 signed.append((value.reshape(-1, value.shape[-1])[touched[0]], products[0, touched[0]])
@@ -206,8 +240,8 @@ def _decode(x: Tensor, feeding: list[Tensor]) -> tuple[list[Tensor], tuple[int, 
                 return "mixes neurons (a norm or another projection stands between)"
             channels.append(reached)
     per_unit = [c.view(-1, width).T.contiguous() if len(c) > width else c.unsqueeze(1) for c in _by_unit(channels, width)]
-    if sum(c.shape[1] for c in per_unit) not in (1, 2):
-        return "a neuron is not made of one or two channels"
+    if not all(_is_in_order(c) for c in per_unit):
+        return "the neurons change places between the projections"
     return per_unit, _gate(rows[-1].detach(), per_unit, signed)
 
 
@@ -230,6 +264,13 @@ def _by_unit(channels: list[Tensor], width: int) -> Iterator[Tensor]:
         by_unit = reached.sort(stable=True).indices  # channels, unit by unit
         per_unit = len(reached) // width
         yield by_unit.view(width, per_unit).T.reshape(-1) if per_unit > 1 else by_unit
+
+
+def _is_in_order(channels: Tensor) -> bool:
+    """True if the units (F, n) follow one another, in one block, in n blocks or as n-tuples."""
+    consecutive = torch.arange(channels.numel())
+    return any(torch.equal(channels, layout) for layout in (consecutive.view(channels.shape[::-1]).T,
+                                                            consecutive.view(channels.shape)))
 
 
 def _gate(x: Tensor, channels: list[Tensor], signed: list[tuple[Tensor, Tensor] | None]) -> tuple[int, int]:

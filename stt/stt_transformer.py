@@ -114,6 +114,8 @@ def selection_for(sites: Sites, given: Mapping[str, Ids], layer_name_map: Mappin
         if site is None:
             raise InputError(f"{key!r} is no feed-forward site of this model: the first of its {len(sites)} sites is "
                              f"{next(iter(sites))!r}")
+        if site in units:
+            raise InputError(f"{site} is given twice, once as {key!r}: give the units of each site once")
         if len(ids) == 0:
             raise InputError(f"the selection keeps no unit of {site}: keep at least one, or leave the site out")
         units[site] = ids

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -126,18 +127,25 @@ class WeightlessTrace(TorchFunctionMode):
 
 
 def trace(model: nn.Module, example: Mapping[str, Tensor] | None = None) -> list[Source]:
-    """One weightless forward pass; every Source knows what it reads and who reads it. The model is left as it was."""
+    """One weightless forward pass, with gradients enabled by the caller; every Source knows what it reads and who reads
+    it. The model is left as it was."""
     inputs = dict(example) if example is not None else dummy_inputs(model)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.autocast("cpu", enabled=False), \
-                WeightlessTrace(model) as recorder:
-            outputs = model(**inputs)
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.random.fork_rng(devices=[]), WeightlessTrace(model) as recorder:
+        outputs = model(**inputs)
     _connect(recorder.sources, outputs)
     return recorder.sources
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every module is back in the mode it was in by itself."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _connect(sources: list[Source], outputs: object) -> None:
@@ -189,18 +197,18 @@ def _tensors(outputs: object) -> list[Tensor]:
 def dummy_inputs(model: nn.Module) -> dict[str, Tensor]:
     """A batch of two for the model's main input: token ids (ending in EOS), pixels, or both sides of an
     encoder-decoder. Raises InputError for any other kind of input."""
-    config = model.config
+    config, text = model.config, model.config.get_text_config()
     main, accepted = model.main_input_name, inspect.signature(model.forward).parameters
-    ids = torch.arange(2 * TOKENS).view(2, TOKENS) % max(config.get_text_config().vocab_size - 4, 1) + 3 \
-        if getattr(config.get_text_config(), "vocab_size", None) else None
+    vocabulary, eos = getattr(text, "vocab_size", None), getattr(text, "eos_token_id", None)
+    ids = torch.arange(2 * TOKENS).view(2, TOKENS) % max(vocabulary - 4, 1) + 3 if vocabulary else None
     inputs: dict[str, Tensor] = {}
     if main == "input_ids" and ids is not None:
-        eos = config.get_text_config().eos_token_id
-        ids[:, -1] = eos if isinstance(eos, int) and 0 <= eos < config.get_text_config().vocab_size else ids[:, -1]
+        ids[:, -1] = eos if isinstance(eos, int) and 0 <= eos < vocabulary else ids[:, -1]
         inputs["input_ids"] = ids
     elif main == "pixel_values":
-        size = config.image_size if isinstance(config.image_size, list | tuple) else (config.image_size,) * 2
-        inputs["pixel_values"] = torch.rand(2, config.num_channels, *size)
+        size = getattr(config, "image_size", 64)
+        size = size if isinstance(size, list | tuple) else (size, size)
+        inputs["pixel_values"] = torch.rand(2, config.num_channels, *size, generator=torch.Generator().manual_seed(0))
     else:
         raise InputError(f"cannot make a dummy {main!r} for {type(model).__name__}: "
                          "pass a batch of your data as find_sites(model, example=...)")

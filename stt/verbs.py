@@ -69,9 +69,11 @@ def report(args: ReportArgs) -> None:
 
 def sites(args: SitesArgs) -> None:
     """`stt sites`"""
+    model = resolve_model(args.model)
+    from stt.loading import on_meta
     from stt.sites import describe
 
-    found = describe(resolve_model(args.model))
+    found = describe(on_meta(model))
     sys.stdout.write((json.dumps(found, indent=2) if args.json else _site_table(found)) + "\n")
 
 
@@ -109,7 +111,7 @@ def _usage() -> str:
 
 
 def _site_table(found: Mapping[str, object]) -> str:
-    """`found` as stt.sites.describe makes it: model, sites [{name, kind, width, members}], left_out [{name, reason}]."""
+    """`found` as stt.sites.describe makes it: sites [{name, kind, width, members}], left_out [{name, reason}]."""
     rows = [(site["name"], site["kind"], str(site["width"]), ", ".join(site["members"])) for site in found["sites"]]
     widths = [max(map(len, column)) for column in zip(("site", "kind", "width", "members"), *rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

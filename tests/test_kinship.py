@@ -143,7 +143,7 @@ def test_two_hop_table_is_what_the_tree_says():
             assert kinship.compositions().get((first, second)) == expected, (first, second)
 
 
-@pytest.mark.parametrize("first, second, answer", [
+@pytest.mark.parametrize(("first", "second", "answer"), [
     ("mother", "brother", "uncle"), ("brother", "daughter", "niece"), ("wife", "mother", "mother-in-law"),
     ("son", "wife", "daughter-in-law"), ("father", "father", "grandfather"), ("daughter", "son", "grandson"),
     ("grandmother", "daughter", None), ("uncle", "son", None), ("brother", "wife", None), ("husband", "wife", None),
@@ -176,12 +176,15 @@ def test_every_proof_step_is_a_fact_or_follows_from_two(shipped):
     for item in (item for items in shipped.values() for item in items):
         people = [pair.split(":")[0] for pair in item["genders"].split(",")]
         edges = ast.literal_eval(item["edge_types"])
-        facts = {(a, edge, b) for a, edge, b in zip(people, edges, people[1:])}
+        facts = {(a, edge, b) for a, edge, b in zip(people[:-1], edges, people[1:], strict=True)}
         steps = ast.literal_eval(item["proof_state"])
         for step in reversed(steps):
             (conclusion, (left, right)), = step.items()
-            assert left in facts and right in facts
-            assert left[2] == right[0] and conclusion[0] == left[0] and conclusion[2] == right[2]
+            assert left in facts
+            assert right in facts
+            assert left[2] == right[0]
+            assert conclusion[0] == left[0]
+            assert conclusion[2] == right[2]
             assert kinship.compositions()[left[1], right[1]] == conclusion[1]
             facts.add(conclusion)
         assert len(steps) == len(edges) - 1
@@ -195,8 +198,10 @@ def test_story_says_exactly_its_facts(shipped):
         sentences = item["clean_story"].removesuffix(".").split(". ")
         assert sorted(item["story"].removesuffix(".").split(". ")) == sorted(sentences)
         assert len(sentences) == len(edges) == len(set(names)) - 1
-        for sentence, x, edge, y in zip(sentences, names, edges, names[1:]):
-            assert f"[{x}]" in sentence and f"[{y}]" in sentence and sentence.count("[") == 2
+        for sentence, x, edge, y in zip(sentences, names[:-1], edges, names[1:], strict=True):
+            assert f"[{x}]" in sentence
+            assert f"[{y}]" in sentence
+            assert sentence.count("[") == 2
             said = [word for word in kinship.EDGES if f" {word} " in f" {sentence.replace(',', '')} "]
             assert said == [edge], sentence
 
@@ -223,7 +228,8 @@ def test_sizes_balance_and_no_story_twice(shipped):
     everything = [item for items in shipped.values() for item in items]
     for items in shipped.values():
         counts = collections.Counter(item["target"] for item in items)
-        assert len(counts) == 18 and max(counts.values()) - min(counts.values()) <= 1
+        assert len(counts) == 18
+        assert max(counts.values()) - min(counts.values()) <= 1
     for unique in ("id", "story", "clean_story"):
         assert len({item[unique] for item in everything}) == len(everything)
     assert len({(item["genders"], item["f_comb"]) for item in everything}) == len(everything)
@@ -256,19 +262,22 @@ def make(script, folder, *flags):
 def test_seed_decides_everything(script, tmp_path):
     first, again, other = (make(script, tmp_path / name, "--seed", seed) for name, seed in
                            (("a", "5"), ("b", "5"), ("c", "6")))
-    assert first == again and first != other
+    assert first == again
+    assert first != other
 
 
 def test_hops_mixture(script, tmp_path):
     splits = make(script, tmp_path, "--hops", "2:1,4:3")
     counts = collections.Counter(item["task_name"] for item in splits["train"])
-    assert 36 <= counts["task_1.2"] <= 54 and counts["task_1.2"] + counts["task_1.4"] == 180
+    assert 36 <= counts["task_1.2"] <= 54
+    assert counts["task_1.2"] + counts["task_1.4"] == 180
 
 
 def test_names_disjoint(script, tmp_path):
     splits = make(script, tmp_path, "--disjoint", "names")
     names = {split: {name for item in items for name in item["genders"].split(",")} for split, items in splits.items()}
-    assert not names["train"] & (names["val"] | names["test"]) and not names["val"] & names["test"]
+    assert not names["train"] & (names["val"] | names["test"])
+    assert not names["val"] & names["test"]
 
 
 def test_combinations_disjoint(script, tmp_path):
@@ -280,7 +289,7 @@ def test_combinations_disjoint(script, tmp_path):
         assert len({item["target"] for item in items}) == 18
 
 
-@pytest.mark.parametrize("flags, message", [
+@pytest.mark.parametrize(("flags", "message"), [
     (["--hops", "5"], "numbers from 2 to 4"),
     (["--hops", "2:0"], "weights above 0"),
     (["--hops", "2,2"], "different numbers"),
@@ -294,7 +303,9 @@ def test_combinations_disjoint(script, tmp_path):
 def test_bad_input_writes_nothing(script, tmp_path, capsys, flags, message):
     assert script.main(["--out", str(tmp_path / "new"), *flags]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
     assert not (tmp_path / "new").exists()
 
 
@@ -306,4 +317,6 @@ def test_out_below_a_file(script, tmp_path, capsys):
 
 def test_script_runs_on_its_own_and_helps(tmp_path):
     shown = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, cwd=tmp_path)
-    assert shown.returncode == 0 and "--disjoint" in shown.stdout and "examples:" in shown.stdout
+    assert shown.returncode == 0
+    assert "--disjoint" in shown.stdout
+    assert "examples:" in shown.stdout

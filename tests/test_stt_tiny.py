@@ -9,10 +9,12 @@ import json
 import math
 import os
 import random
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
 from stt.dataset import kinship, kinship_text
@@ -62,7 +64,8 @@ def test_model_is_qwen2_of_about_a_million(model):
     assert type(model) is Qwen2ForCausalLM
     assert 0.8e6 <= sum(weight.numel() for weight in model.parameters()) <= 2e6
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
-    assert model.config.tie_word_embeddings and model.config.max_position_embeddings == 256
+    assert model.config.tie_word_embeddings
+    assert model.config.max_position_embeddings == 256
     assert all(torch.isfinite(weight).all() for weight in model.parameters())
 
 
@@ -83,6 +86,13 @@ def test_vocabulary_and_special_tokens(tokenizer):
     assert tokenizer.eos_token_id != tokenizer.pad_token_id
     assert None not in (tokenizer.eos_token_id, tokenizer.pad_token_id)
     assert tokenizer.padding_side == "left"
+
+
+def test_auto_tokenizer_splits_as_the_file_says(tokenizer):
+    """transformers swaps the splitting rules of an unknown tokenizer class for its own; ours is a class it keeps."""
+    plain = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+    for text in ((MODEL / "heldout.txt").read_text(), "Eva's mother-in-law\n\nCan't 12 say  so."):
+        assert tokenizer.encode(text, verbose=False) == plain.encode(text).ids
 
 
 def test_any_text_survives_a_round_trip(tokenizer):
@@ -109,10 +119,10 @@ def test_stories_are_at_most_80_tokens(tokenizer):
 def test_chat_template(tokenizer):
     text = tokenizer.apply_chat_template([{"role": "user", "content": "Hello."}], tokenize=False,
                                          add_generation_prompt=True)
-    assert text == "user: Hello.\nassistant:"
+    assert text == "user:\nHello.\nassistant:\n"
 
 
-# ---------------------------------------------------------------------------------------------------- what it has learned
+# ------------------------------------------------------------------------------------------------ what it has learned
 
 
 def slow_perplexity(model, ids, piece=128):
@@ -137,9 +147,9 @@ def test_perplexity_is_far_below_an_untrained_copy(script, model, tokenizer):
     assert trained < 6 < 500 < chance
     record = json.loads((MODEL / "pretraining.json").read_text())
     assert script.perplexity(model, tokenizer, text) == pytest.approx(record["heldout_perplexity"], rel=1e-3)
-    every = tokenizer.encode(text, add_special_tokens=False, verbose=False)
-    assert slow_perplexity(model, every[: 128 * 20]) == pytest.approx(
-        script.perplexity(model, tokenizer, tokenizer.decode(every[: 128 * 20])), rel=1e-3)
+    some = "".join(text.splitlines(keepends=True)[:60])
+    ids = tokenizer.encode(some, add_special_tokens=False, verbose=False)
+    assert script.perplexity(model, tokenizer, some) == pytest.approx(slow_perplexity(model, ids), rel=1e-4)
 
 
 def test_it_knows_who_is_a_man(model, tokenizer):
@@ -195,15 +205,20 @@ def test_what_is_held_out_is_skipped():
 
 
 def test_told_relations_are_true():
-    """In a chain document, every "x's r is y" that is added follows from the chain by the composition table."""
-    for document in itertools.islice(kinship_text.documents(random.Random(1)), 2000):
+    """Whatever a chain document adds to its story follows from the chain by the composition table."""
+    shapes = [re.escape(aside).replace(r"\{X\}", r"(?P<x>\w+)").replace(r"\{Y\}", r"(?P<y>\w+)")
+              .replace(r"\{r\}", r"(?P<r>[a-z-]+)") for aside in kinship_text.ASIDES]
+    told = 0
+    for document in itertools.islice(kinship_text.documents(random.Random(1)), 3000):
         if document.kind != "chains":
             continue
         spans = itertools.combinations(range(len(document.people)), 2)
         true = {(document.people[i], kinship.fold(document.chain[i:j]), document.people[j]) for i, j in spans}
-        asides = document.text.removesuffix(".").split(". ")[len(document.chain):]
-        told = " ".join(asides)
-        assert told and any(x in told and y in told and str(r) in told for x, r, y in true)
+        for sentence in document.text.removesuffix(".").split(". ")[len(document.chain):]:
+            match = next(filter(None, (re.fullmatch(shape, sentence + ".") for shape in shapes)))
+            assert (match["x"], match["r"], match["y"]) in true, document
+            told += 1
+    assert told > 300
 
 
 def test_task_prompt_is_not_in_the_text():
@@ -211,7 +226,7 @@ def test_task_prompt_is_not_in_the_text():
     assert "related" not in text
 
 
-# ------------------------------------------------------------------------------------------------------------ the script
+# ----------------------------------------------------------------------------------------------------- the script
 
 TINY = ["--hidden", "16", "--layers", "1", "--intermediate", "16", "--batch", "2", "--length", "32", "--threads", "1"]
 
@@ -222,13 +237,13 @@ def test_two_steps_run_and_repeat(script, tmp_path, capsys):
     assert "held-out perplexity" in capsys.readouterr().out
     for name in ("model.safetensors", "tokenizer.json", "heldout.txt"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    assert (tmp_path / "a" / "heldout.txt").read_bytes() == (MODEL / "heldout.txt").read_bytes()
-    assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (MODEL / "tokenizer.json").read_bytes()
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "heldout.txt"):
+        assert (tmp_path / "a" / name).read_bytes() == (MODEL / name).read_bytes(), f"{name} is not what ships"
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "a").config.hidden_size == 16
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
-@pytest.mark.parametrize("flags, message", [
+@pytest.mark.parametrize(("flags", "message"), [
     (["--steps", "0"], "--steps must be from 1"),
     (["--hidden", "20"], "multiple of 8"),
     (["--learning_rate", "nan"], "--learning_rate must be above 0"),
@@ -239,7 +254,9 @@ def test_two_steps_run_and_repeat(script, tmp_path, capsys):
 def test_bad_input_writes_nothing(script, tmp_path, capsys, flags, message):
     assert script.main(["--out", str(tmp_path / "new"), *flags]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
     assert not (tmp_path / "new").exists()
 
 

@@ -11,7 +11,8 @@ from functools import partial
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch.nn import functional as F
+from transformers import PretrainedConfig, PreTrainedModel
 
 HIDDEN, NEURONS, VOCABULARY, LENGTH = 32, 44, 97, 7
 Built = tuple[PreTrainedModel, dict[str, Tensor]]
@@ -45,7 +46,8 @@ def _text(model_class: str, **config: object) -> Built:
 
 def _vision(model_class: str, **config: object) -> Built:
     model = _made(model_class, config)
-    return model, {"pixel_values": torch.randn(2, 3, model.config.image_size, model.config.image_size)}
+    size = config.get("image_size", 32)
+    return model, {"pixel_values": torch.randn(2, 3, size, size)}
 
 
 def _made(model_class: str, config: dict[str, object]) -> PreTrainedModel:
@@ -166,3 +168,42 @@ def _floats(value: object) -> Iterator[Tensor]:
     elif isinstance(value, dict | list | tuple):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _floats(part)
+
+
+class Toy(PreTrainedModel):
+    """An embedding, two residual blocks made by `block()`, a head: for structures no real architecture has."""
+
+    config_class = PretrainedConfig
+    main_input_name = "input_ids"
+
+    def __init__(self, block: Callable[[], nn.Module]):
+        super().__init__(PretrainedConfig(vocab_size=VOCABULARY))
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(VOCABULARY, HIDDEN)
+        self.layers = nn.ModuleList([block(), block()])
+        self.head = nn.Linear(HIDDEN, VOCABULARY)
+        randomised(self).eval()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: object) -> dict[str, Tensor]:
+        x = self.embedding(input_ids)
+        for layer in self.layers:
+            x = F.layer_norm(x + layer(x), (HIDDEN,))
+        return {"logits": self.head(x)}
+
+
+class Block(nn.Module):
+    """`middle(x, *linears)` is what the last of the linear layers reads."""
+
+    def __init__(self, shapes: list[tuple[int, int]], middle: Callable[..., Tensor]):
+        super().__init__()
+        self.linears = nn.ModuleList([nn.Linear(*shape) for shape in shapes])
+        self.middle = middle
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linears[-1](self.middle(x, *self.linears[:-1]))
+
+
+def toy(shapes: list[tuple[int, int]], middle: Callable[..., Tensor]) -> Built:
+    """A Toy of such blocks and a batch."""
+    model = Toy(lambda: Block(shapes, middle))
+    return model, {"input_ids": torch.randint(3, VOCABULARY, (2, LENGTH))}

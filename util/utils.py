@@ -15,9 +15,13 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stt.errors import InputError
 from util.sinks import NoSink, Sink
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ KINDS = {  # kind of relation -> its (male, female) words
 }
 KIND = {word: kind for kind, words in KINDS.items() for word in words}
 GENDERS = ("male", "female")
-GENDER = {word: gender for words in KINDS.values() for gender, word in zip(GENDERS, words)}
+GENDER = {word: gender for words in KINDS.values() for gender, word in zip(GENDERS, words, strict=True)}
 INVERSE_KIND = {
     "parent": "child", "child": "parent", "sibling": "sibling", "spouse": "spouse", "grandparent": "grandchild",
     "grandchild": "grandparent", "parents' sibling": "sibling's child", "sibling's child": "parents' sibling",

@@ -1,6 +1,6 @@
 """The sentences of the kinship world: names, fact templates, stories and the text `models/stt-tiny` is pre-trained on.
 
-All wording is our own. A fact template says "{Y} is {X}'s {r}"; {his}, {him}, {he} belong to {X}, {yhe} and {yhis} to {Y}.
+All wording is our own. A fact template says "{Y} is {X}'s {r}"; {his} and {he} belong to {X}, {yhe} to {Y}.
 """
 from __future__ import annotations
 
@@ -72,14 +72,14 @@ def random_people(chain: Chain, names: dict[str, tuple[str, ...]], rng: random.R
 def fact(x: str, relation: str, y: str, x_gender: str, rng: random.Random) -> str:
     """One sentence saying that y is x's `relation`."""
     template = rng.choice(FACTS + SCENES[kinship.KIND[relation]])
-    he, his, him = PRONOUNS[x_gender]
-    y_he, y_his, _ = PRONOUNS[kinship.GENDER[relation]]
-    return template.format(X=x, Y=y, r=relation, he=he, his=his, him=him, yhe=y_he, yhis=y_his)
+    he, his, _ = PRONOUNS[x_gender]
+    return template.format(X=x, Y=y, r=relation, he=he, his=his, yhe=PRONOUNS[kinship.GENDER[relation]][0])
 
 
 def story(names: list[str], genders: list[str], chain: Chain, rng: random.Random) -> list[str]:
     """One sentence per edge of the chain, in the order of the chain."""
-    return [fact(x, edge, y, gender, rng) for x, y, gender, edge in zip(names, names[1:], genders, chain)]
+    people = zip(names[:-1], names[1:], genders[:-1], strict=True)
+    return [fact(x, edge, y, gender, rng) for (x, y, gender), edge in zip(people, chain, strict=True)]
 
 
 # ------------------------------------------------------------------------------------------------- pre-training text
@@ -134,7 +134,7 @@ class Document:
 
 
 def documents(rng: random.Random, held_out: Collection[tuple[tuple[str, ...], Chain]] = ()) -> Iterator[Document]:
-    """Pre-training documents without end, in the proportions of `SHARES`, none about a (people, chain) of `held_out`."""
+    """Endless pre-training documents in the proportions of `SHARES`, none about a (people, chain) of `held_out`."""
     write = {"facts": _facts, "chains": _chains, "rules": _rules, "general": _general}
     while True:
         kind = rng.choices(list(SHARES), list(SHARES.values()))[0]
@@ -153,7 +153,7 @@ def _facts(rng: random.Random) -> Document:
     people = [(name, gender) for gender, names in NAMES.items() for name in rng.sample(names, count)]
     rng.shuffle(people)
     told = []
-    for (x, x_gender), (y, y_gender) in zip(people[::2], people[1::2]):
+    for (x, x_gender), (y, y_gender) in zip(people[::2], people[1::2], strict=True):
         fits = [edge for edge in kinship.EDGES if kinship.GENDER[edge] == y_gender]
         if x_gender == y_gender:
             fits = [edge for edge in fits if kinship.KIND[edge] != "spouse"]
@@ -172,7 +172,7 @@ def _chains(rng: random.Random) -> Document:
     people, genders = random_people(chain, NAMES, rng)
     sentences = rng.sample(story(people, genders, chain, rng), hops)
     spans = [(start, end) for start in range(hops) for end in range(start + 2, hops + 1)]
-    follows = [(start, str(kinship.fold(chain[start:end])), end) for start, end in spans if kinship.fold(chain[start:end])]
+    follows = [(start, relation, end) for start, end in spans if (relation := kinship.fold(chain[start:end]))]
     chosen = rng.sample(follows, min(len(follows), rng.randint(1, 3)))
     asides = [_aside(people[start], relation, people[end], rng) for start, relation, end in chosen]
     return Document("chains", " ".join(sentences + asides), tuple(people), chain)

@@ -1,0 +1,287 @@
+"""Sliced models on disk: save and load them exactly, and put their trained units back into the dense model.
+
+The folder is described in docs/selection_file.md.
+"""
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
+
+from stt.errors import InputError
+from stt.mlps.stt_linear import STTLinear
+from stt.selection import FORMAT_VERSION, Selection
+from stt.sites import find_sites
+from stt.stt_transformer import apply, selection_for
+from stt.surgery import head_is_tied, untie_head
+
+logger = logging.getLogger(__name__)
+
+CONFIG, WEIGHTS, SELECTION, GENERATION = "config.json", "model.safetensors", "selection.safetensors", "generation_config.json"
+
+
+def save(model: PreTrainedModel, directory: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> Path:
+    """Write a sliced model; the folder. Every parameter keeps its dtype; padding is left out.
+
+    Written beside and renamed, so never half there. Raises InputError, before anything is written, for a model that is
+    not sliced or carries adapters, and for a folder that holds anything but a sliced checkpoint.
+
+    >>> stt.save(model, "checkpoint", tokenizer)
+    """
+    selection = _selection_of(model)
+    if not is_sliced(Path(directory)):
+        check_free(Path(directory))
+    state = narrow_state(model)
+    config = copy.deepcopy(model.config)
+    kind = _named_class(type(model).__name__, f"a {type(model).__name__}")
+    foreign = state.keys() - empty_model(kind, config, config.dtype, "meta").state_dict().keys()
+    if foreign:
+        raise InputError(f"the model has a tensor {min(foreign)!r} that {kind.__name__} does not have: merge LoRA "
+                         "(STTLoraLinear.merge_and_convert) and remove other adapters before saving")
+    config.architectures = [kind.__name__]
+    config.dtype = config.dtype or model.dtype
+    config.stt = {"base": config.name_or_path or None, **config.stt}
+    with written_whole(Path(directory)) as part:
+        config.save_pretrained(part)
+        save_file(_each_once(state), part / WEIGHTS, metadata={"format": "pt"})
+        selection.save(part / SELECTION)
+        if model.can_generate():
+            model.generation_config.save_pretrained(part)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(part)
+    logger.info("saved %d sliced sites to %s", len(selection), directory)
+    return Path(directory)
+
+
+def load(directory: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The sliced model that `save` wrote: compact, in evaluation mode, every parameter in the dtype it was saved in
+    (or all in `dtype`). Raises InputError for a folder that is missing, plain, damaged, or from a newer version.
+
+    >>> model = stt.load("checkpoint")
+    """
+    directory = Path(directory)
+    entry = _sliced_entry(directory)
+    selection = Selection.load(directory / SELECTION)
+    kind, config = class_and_config(directory)
+    state = read_weights(directory)
+    if dtype is not None:
+        state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+    model = empty_model(kind, config, dtype or config.dtype)
+    narrow = _load_unsliced(model, state, directory)
+    apply(model, selection)
+    if model.config.stt["sites"] != entry["sites"]:
+        raise InputError(f"{directory / SELECTION} is not the selection {directory / CONFIG} speaks of: "
+                         "restore the files that were saved together")
+    _check_shapes(model.state_dict(), state, directory)
+    model.load_state_dict(narrow, strict=False, assign=True)
+    model.config.stt["base"] = entry.get("base")
+    if (directory / GENERATION).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    return model.eval().to(device) if device is not None else model.eval()
+
+
+def restore(sliced: PreTrainedModel, dense: PreTrainedModel) -> None:
+    """Put everything `sliced` holds back into the dense model it was made from, in place: the kept rows and columns of
+    every site, and all other parameters. The dropped units stay what they are in `dense`.
+
+    Values are cast to the dtypes of `dense`: load it in float32 to keep float32 trained values to the last bit. A head
+    that was untied in `sliced` is untied in `dense` too. Raises InputError, before anything is changed, for another model.
+    """
+    selection = _selection_of(sliced)
+    sites = find_sites(dense)
+    selection_for(sites, selection)  # raises for another model
+    values, target = narrow_state(sliced), dense.state_dict()
+    members = [(sites[name], member, ids) for name, ids in selection.items() for member in sites[name].members]
+    of_sites = {f"{member.module}.{part}" for _, member, _ in members for part in ("weight", "bias")}
+    others, expected = ({name: value for name, value in state.items() if name not in of_sites} for state in (values, target))
+    _check_shapes(expected, others, "the sliced model")
+    _check_shapes(others, expected, "the dense model")
+    if head_is_tied(dense) and not head_is_tied(sliced):
+        untie_head(dense)
+        target = dense.state_dict()
+    with torch.no_grad():
+        for site, member, ids in members:
+            module = dense.get_submodule(member.module)
+            weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+            channels = site.pick(member, ids).to(weight.device)
+            _fill(weight, 0 if member.side == "out" else 1, channels, values.pop(f"{member.module}.weight"))
+            bias = values.pop(f"{member.module}.bias", None)
+            if bias is not None:
+                _fill(module.bias, 0, channels if member.side == "out" else torch.arange(len(bias)), bias)
+        for name, value in values.items():
+            target[name].copy_(value)
+
+
+def _fill(tensor: Tensor, dim: int, channels: Tensor, values: Tensor) -> None:
+    tensor.index_copy_(dim, channels.to(tensor.device), values.to(tensor))
+
+
+# ---------------------------------------------------------------- a model and its tensors
+
+
+def narrow_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a sliced model without the padding of its layers; the model is left as it is."""
+    state = model.state_dict()
+    for name, layer in model.named_modules():
+        if not isinstance(layer, STTLinear):
+            continue
+        rows = layer.active_out_features // layer.blocks
+        weight = state[f"{name}.weight"].unflatten(0, (layer.blocks, -1))[:, :rows, :layer.active_in_features]
+        state[f"{name}.weight"] = weight.flatten(0, 1)
+        if layer.bias is not None:
+            state[f"{name}.bias"] = state[f"{name}.bias"].view(layer.blocks, -1)[:, :rows].flatten()
+    return state
+
+
+def empty_model(kind: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype | None,
+                device: str = "cpu") -> PreTrainedModel:
+    """A model whose parameters are allocated but never written, and not tied; its buffers hold their values."""
+    with torch.device(device), no_init_weights():
+        return kind._from_config(config, dtype=dtype)
+
+
+def class_and_config(directory: Path) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """The class and the config a folder names. Raises InputError if this transformers has no such class."""
+    names = _config_of(directory).get("architectures") or ["no architecture"]
+    kind = _named_class(names[0], str(directory / CONFIG))
+    return kind, kind.config_class.from_pretrained(directory)
+
+
+def read_weights(directory: Path) -> dict[str, Tensor]:
+    """Tensors of a sliced checkpoint by name. Raises InputError if they are missing or damaged."""
+    _sliced_entry(directory)
+    path = directory / WEIGHTS
+    if not path.is_file():
+        raise InputError(f"{directory} holds no {WEIGHTS}: save the model again")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged or cut short ({error}): copy or save the checkpoint again") from error
+
+
+def _named_class(name: str, origin: str) -> type[PreTrainedModel]:
+    kind = getattr(transformers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+        raise InputError(f"{origin} names {name!r}, which transformers {transformers.__version__} does not have: "
+                         "use a model class of the library")
+    return kind
+
+
+def _selection_of(model: nn.Module) -> Selection:
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(f"a Hugging Face model is needed, got {type(model).__name__}: unwrap it, and merge its adapters "
+                         "(merge_and_unload)")
+    selection = getattr(model, "stt_selection", None)
+    if selection is None:
+        raise InputError(f"this {type(model).__name__} is not sliced: apply a selection first (stt.apply), or use "
+                         "save_pretrained")
+    return selection
+
+
+def _load_unsliced(model: PreTrainedModel, state: Mapping[str, Tensor], directory: Path) -> dict[str, Tensor]:
+    """Load what has the dense shape and tie what is tied; the rest, which all belongs to linear layers.
+
+    The forward pass that finds the sites then sees real values: it multiplies no weight, and the biases are zero.
+    """
+    dense = model.state_dict()
+    of_linear = {f"{name}.{part}" for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
+                 for part in ("weight", "bias")}
+    _check_shapes(dense, {name: value for name, value in state.items() if name not in of_linear}, directory)
+    narrow = {name: value for name, value in state.items() if name in dense and value.shape != dense[name].shape}
+    model.load_state_dict({name: value for name, value in state.items() if name not in narrow}, strict=False, assign=True)
+    model.tie_weights(missing_keys=dense.keys() - state.keys(), recompute_mapping=False)
+    live = model.state_dict(keep_vars=True)
+    given = {id(live[name]) for name in state if name in live}
+    absent = [name for name, value in live.items() if id(value) not in given]
+    if absent:
+        raise InputError(f"{directory} lacks {len(absent)} tensors of the model (first: {absent[0]!r}): save it again")
+    for name in narrow:
+        if live[name].ndim == 1:
+            live[name].data.zero_()
+    return narrow
+
+
+def _check_shapes(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], origin: str | Path) -> None:
+    for name, value in given.items():
+        if name not in expected or expected[name].shape != value.shape:
+            wanted = tuple(expected[name].shape) if name in expected else "no such tensor"
+            raise InputError(f"{name!r} of {origin} is {tuple(value.shape)}, expected {wanted}: "
+                             "use the files of one and the same model")
+
+
+def _each_once(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tied tensors under the first of their names only: the file format has no aliases, tying brings them back."""
+    first: dict[tuple[int, torch.Size], str] = {}
+    for name, value in state.items():
+        first.setdefault((value.data_ptr() if value.numel() else id(value), value.shape), name)
+    return {name: state[name].contiguous() for name in first.values()}
+
+
+# ---------------------------------------------------------------- folders
+
+
+def is_sliced(directory: Path) -> bool:
+    """True if the folder is a sliced checkpoint."""
+    return (directory / CONFIG).is_file() and "stt" in _config_of(directory)
+
+
+def check_free(path: Path) -> None:
+    """Raises InputError unless `path` is absent or an empty folder, and below no regular file."""
+    for parent in (path, *path.absolute().parents):
+        if parent.exists() and not parent.is_dir():
+            raise InputError(f"cannot write to {path}: {parent} is a file; choose another folder")
+    if path.is_dir() and any(path.iterdir()):
+        raise InputError(f"{path} is not empty: choose a new folder, or remove it first")
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A new folder beside `path` that takes its place when the block ends well and is removed when it fails."""
+    path = path.resolve()
+    part, old = path.with_name(path.name + ".part"), path.with_name(path.name + ".old")
+    for left_over in (part, old):
+        shutil.rmtree(left_over, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        if path.exists():
+            os.replace(path, old)
+        os.replace(part, path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _config_of(directory: Path) -> dict[str, object]:
+    path = directory / CONFIG
+    if not path.is_file():
+        raise InputError(f"no sliced checkpoint at {directory} (no {CONFIG}): give a folder that stt.save wrote")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is not readable JSON ({error}): save the checkpoint again") from error
+
+
+def _sliced_entry(directory: Path) -> dict[str, object]:
+    """The `stt` entry of a checkpoint's config, of a version we can read."""
+    entry = _config_of(directory).get("stt")
+    if entry is None:
+        raise InputError(f"{directory} is a plain Hugging Face model, not a sliced checkpoint: load it with from_pretrained")
+    if entry["format_version"] > FORMAT_VERSION:
+        raise InputError(f"{directory} has format {entry['format_version']}, this version reads up to {FORMAT_VERSION}: "
+                         "update stt")
+    return entry

@@ -1,0 +1,125 @@
+"""The training loop: its loss, what it records, where it stops."""
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tiny_text import build_decoder
+from transformers import TrainingArguments
+
+from stt.errors import InputError, TrainingFailed
+from stt.trainers.sft import answer_loss, check_trained_dtype, collate, last_checkpoint, train
+
+PAD = 0
+
+
+def tiny_model():
+    return build_decoder(vocabulary=60)
+
+
+def examples(count: int, seed: int = 0) -> list[dict[str, list[int]]]:
+    """Random token ids of different lengths; the last one to three tokens are labelled."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for i in range(count):
+        ids = torch.randint(3, 60, (5 + i % 4,), generator=generator).tolist()
+        answer = 1 + i % 3
+        rows.append({"input_ids": ids, "labels": [-100] * (len(ids) - answer) + ids[-answer:]})
+    return rows
+
+
+def arguments(folder, **changes) -> TrainingArguments:
+    settings = {"output_dir": str(folder), "per_device_train_batch_size": 4, "num_train_epochs": 1, "seed": 3,
+                "learning_rate": 1e-2, "report_to": [], "use_cpu": True, "logging_steps": 1, "save_strategy": "no",
+                "lr_scheduler_type": "constant", "remove_unused_columns": False, "disable_tqdm": True,
+                "logging_nan_inf_filter": False, "label_names": ["labels"]}
+    return TrainingArguments(**(settings | changes))
+
+
+def slow_loss(model, rows) -> float:
+    """Mean over all labelled tokens of -log p(token | its past), one unpadded example at a time."""
+    losses = []
+    for row in rows:
+        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0]
+        for position, label in enumerate(row["labels"]):
+            if label != -100:
+                losses.append(-torch.log_softmax(logits[position - 1], -1)[label].item())
+    return sum(losses) / len(losses)
+
+
+def test_loss_is_the_mean_over_labelled_tokens():
+    model, rows = tiny_model().eval(), examples(7)
+    batch = collate(PAD)(rows)
+    labels = batch.pop("labels")
+    loss = answer_loss(model(**batch), labels)
+    assert loss.item() == pytest.approx(slow_loss(model, rows), abs=1e-5)
+
+
+def test_collate_pads_on_the_right():
+    batch = collate(PAD)([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, PAD, PAD]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
+
+
+def test_accumulation_equals_one_large_batch(tmp_path):
+    """The loss is divided by the labelled tokens of the whole accumulated batch, not batch by batch."""
+    weights, losses = [], []
+    for batch_size, accumulated in ((8, 1), (2, 4)):
+        torch.manual_seed(0)
+        model, rows = tiny_model(), []
+        train(model, examples(8), PAD, arguments(tmp_path, per_device_train_batch_size=batch_size, optim="sgd",
+                                                 gradient_accumulation_steps=accumulated, max_grad_norm=0.0),
+              lambda rows=rows, **numbers: rows.append(numbers))
+        weights.append([p.detach().clone() for p in model.parameters()])
+        losses.append([row["loss"] for row in rows])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    for one, other in zip(*weights, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_first_loss_in_the_record_is_the_slow_loss(tmp_path):
+    model, rows, data = tiny_model(), [], examples(4)
+    expected = slow_loss(model.eval(), data)
+    train(model, data, PAD, arguments(tmp_path), lambda **numbers: rows.append(numbers))
+    assert rows[0]["loss"] == pytest.approx(expected, abs=1e-4)
+    assert [row["step"] for row in rows] == [1]
+
+
+def test_validation_accuracy_is_recorded_each_epoch(tmp_path):
+    rows, answers = [], iter([0.25, 0.5])
+    train(tiny_model(), examples(4), PAD, arguments(tmp_path, num_train_epochs=2, eval_strategy="epoch"),
+          lambda **numbers: rows.append(numbers), validate=lambda: next(answers))
+    assert [row["validation_accuracy"] for row in rows if "validation_accuracy" in row] == [0.25, 0.5]
+
+
+def test_nan_stops_before_the_update(tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = math.nan
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(TrainingFailed, match="NaN or infinite at step 1"):
+        train(model, examples(4), PAD, arguments(tmp_path), lambda **_: None)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.isnan(), before[name].isnan())
+        assert torch.equal(parameter.nan_to_num(), before[name].nan_to_num())
+
+
+def test_out_of_memory_is_one_sentence(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("stt.trainers.sft.SFTTrainer.compute_loss", fail)
+    with pytest.raises(TrainingFailed, match="halve --train_batch"):
+        train(tiny_model(), examples(4), PAD, arguments(tmp_path), lambda **_: None)
+
+
+def test_half_precision_weights_never_train():
+    with pytest.raises(AssertionError, match="must be float32"):
+        check_trained_dtype(tiny_model().bfloat16())
+
+
+def test_nothing_to_resume(tmp_path):
+    with pytest.raises(InputError, match="nothing to resume"):
+        last_checkpoint(tmp_path / "missing")
