@@ -18,10 +18,12 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.pytorch_utils import Conv1D
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from stt.errors import InputError
 from stt.scores.base import Score, Seen
 from stt.sites import Site, Sites
+from stt.trace import evaluating
 
 Batch = Mapping[str, object] | Tensor | tuple | list
 
@@ -53,6 +55,7 @@ def calibrate(model: nn.Module, sites: Sites, scores: list[Score], batches: Iter
             hidden = None if progress else True  # None: shown on a terminal
             for batch in tqdm(_batched(batches), desc="measuring neurons", unit="batch", disable=hidden):
                 inputs = as_inputs(batch, model, tokenizer)
+                inputs = inputs if count_padding else _padded_right(model, inputs)
                 masks = {} if count_padding else _token_masks(model, inputs)
                 shown.add(inputs, masks, model)
                 _show(model, sites, scores, inputs, masks, needs)
@@ -120,11 +123,12 @@ class _Observer:
         return (x, *args[1:])
 
     def _update(self, seen: dict[str, Tensor]) -> None:
-        rows = len(seen["hidden"])
-        is_token = _fitted(self.is_token, rows, self.site.name)
-        for score in self.scores:
-            if score.needs != ("weights",):
-                score.update(self.site.name, Seen(is_token, **seen))
+        hidden = seen["hidden"]
+        is_token = _fitted(self.is_token, len(hidden), self.site.name)
+        with torch.autocast(hidden.device.type, enabled=False):  # sums stay float32 whatever the model computes in
+            for score in self.scores:
+                if score.needs != ("weights",):
+                    score.update(self.site.name, Seen(is_token, **seen))
 
 
 def _fitted(is_token: Tensor | None, rows: int, site: str) -> Tensor | None:
@@ -143,10 +147,15 @@ def _summed_loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     is_causal = model.loss_function is LOSS_MAPPING["ForCausalLM"] and not model.config.is_encoder_decoder
     labels = inputs.get("labels") if model.config.is_encoder_decoder else inputs.pop("labels", None)
     if labels is None and is_causal:
-        labels = inputs["input_ids"].masked_fill(inputs.get("attention_mask", torch.ones(())) == 0, -100)
+        mask = inputs.get("attention_mask")
+        labels = inputs["input_ids"] if mask is None else inputs["input_ids"].masked_fill(mask == 0, -100)
     if labels is None:
         raise InputError("this score needs gradients, so every calibration batch needs `labels`")
-    logits = model(**inputs).logits.float()
+    outputs = model(**inputs)
+    if "logits" not in outputs:
+        raise InputError(f"this score needs gradients of a loss, and {type(model).__name__} has no task head to make one: "
+                         "load the model with its head, or choose another score")
+    logits = outputs.logits.float()
     if is_causal:
         logits, labels = logits[:, :-1], labels[:, 1:]
     labels = labels.flatten().to(logits.device)
@@ -165,19 +174,15 @@ def _body(model: nn.Module, sites: Sites) -> nn.Module:
 @contextmanager
 def _prepared(model: nn.Module, with_gradients: bool) -> Iterator[None]:
     """Evaluation mode, no weight gradients; everything is put back afterwards."""
-    was_training = {module: module.training for module in model.modules()}
     needed_grad = [p for p in model.parameters() if p.requires_grad]
-    model.eval()
     for parameter in needed_grad:
         parameter.requires_grad_(False)
     try:
-        with torch.set_grad_enabled(with_gradients):
+        with evaluating(model), torch.set_grad_enabled(with_gradients):
             yield
     finally:
         for parameter in needed_grad:
             parameter.requires_grad_(True)
-        for module, training in was_training.items():
-            module.training = training
 
 
 def _add_up_over_ranks(scores: list[Score]) -> None:
@@ -199,7 +204,11 @@ def as_inputs(batch: Batch, model: nn.Module, tokenizer: PreTrainedTokenizerBase
     named = {name: value for name, value in _named(batch, model.main_input_name, tokenizer).items()
              if name in accepted and isinstance(value, Tensor)}
     if model.main_input_name not in named and "inputs_embeds" not in named:
-        raise InputError(f"a calibration batch must hold {model.main_input_name!r}, got {_described(batch)}")
+        raise InputError(f"a calibration batch must hold a tensor {model.main_input_name!r}, got {_described(batch)}")
+    if model.config.is_encoder_decoder and model.can_generate() and \
+            not named.keys() & {"labels", "decoder_input_ids", "decoder_inputs_embeds"}:
+        raise InputError(f"{type(model).__name__} has a decoder: every calibration batch needs `labels` or "
+                         f"`decoder_input_ids`, got {_described(batch)}")
     if "use_cache" in accepted:
         named["use_cache"] = False
     return {name: value if not isinstance(value, Tensor) else
@@ -209,6 +218,9 @@ def as_inputs(batch: Batch, model: nn.Module, tokenizer: PreTrainedTokenizerBase
 
 def _batched(data: Iterable[Batch] | Sequence[str]) -> Iterable[Batch]:
     """A plain list of strings in batches of 16, the longest first; batches as they are."""
+    if isinstance(data, Mapping | str | Tensor):
+        raise InputError(f"the calibration data must be an iterable of batches, got one {type(data).__name__}: "
+                         "put it into a list")
     if isinstance(data, Sequence) and data and isinstance(data[0], str):
         texts = sorted(data, key=len, reverse=True)
         return [texts[i:i + 16] for i in range(0, len(texts), 16)]
@@ -227,6 +239,11 @@ def _named(batch: Batch, main: str, tokenizer: PreTrainedTokenizerBase | None) -
         named = {main: batch[0]}
         if main == "input_ids" and len(batch) > 1 and batch[1].shape == batch[0].shape:  # (ids, mask, labels, ...)
             named["attention_mask"] = batch[1]
+            if not torch.isin(batch[1], torch.tensor([0, 1], device=batch[1].device)).all():
+                raise InputError("the second tensor of a tuple must be the attention mask, zeros and ones: "
+                                 "give a mapping with names instead")
+        if len(batch) > 1 and isinstance(batch[-1], Tensor) and batch[-1].ndim == 1:  # one class per example
+            named["labels"] = batch[-1]
         return named
     raise InputError(f"a calibration batch must be a mapping of tensors, a tensor, a tuple of tensors or a list of "
                      f"strings, got {_described(batch)}")
@@ -237,12 +254,13 @@ def _tokenized(texts: list[str], tokenizer: PreTrainedTokenizerBase | None) -> M
         raise InputError("a batch of strings needs a tokenizer: pass tokenizer=...")
     if tokenizer.pad_token is None and len(texts) > 1:
         raise InputError("the tokenizer has no padding token: set tokenizer.pad_token = tokenizer.eos_token")
-    return tokenizer(texts, padding=len(texts) > 1, return_tensors="pt")
+    has_limit = tokenizer.model_max_length < VERY_LARGE_INTEGER
+    return tokenizer(texts, padding=len(texts) > 1, truncation=has_limit, return_tensors="pt")
 
 
 def _described(batch: object) -> str:
     if isinstance(batch, Mapping):
-        return f"a mapping with the keys {sorted(batch)}"
+        return "a mapping of " + (", ".join(f"{name} ({type(value).__name__})" for name, value in batch.items()) or "nothing")
     inside = f" of {type(batch[0]).__name__}" if isinstance(batch, list | tuple) and batch else ""
     return f"{type(batch).__name__}{inside}"
 
@@ -250,13 +268,27 @@ def _described(batch: object) -> str:
 # ---------------------------------------------------------------- padding
 
 
+def _padded_right(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Left padding moved to the right, so that a model that counts positions from the start counts only real ones."""
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.ndim != 2 or "inputs_embeds" in inputs:
+        return inputs
+    first = (mask != 0).int().argmax(1, keepdim=True)  # (B, 1)
+    order = (torch.arange(mask.shape[1], device=mask.device) + first) % mask.shape[1]  # (B, T)
+    other_side = {"labels"} if model.config.is_encoder_decoder else set()
+    return {name: value.gather(1, order) if isinstance(value, Tensor) and value.shape == mask.shape
+            and not name.startswith("decoder_") and name not in other_side else value for name, value in inputs.items()}
+
+
 def _token_masks(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """1.0 for real positions, flattened, of each side of the model ("main", "decoder"); no entry: all are real."""
     masks = {"main": inputs.get("attention_mask")}
     if model.config.is_encoder_decoder:
         masks["decoder"] = inputs.get("decoder_attention_mask")
-        if masks["decoder"] is None and "labels" in inputs:
+        if masks["decoder"] is None and "labels" in inputs and inputs["labels"].ndim == 2:
             masks["decoder"] = inputs["labels"] != -100
+        elif masks["decoder"] is None and "decoder_input_ids" not in inputs:
+            masks["decoder"] = masks["main"]  # BART's classifiers feed both sides the same text
     return {side: mask.flatten().float() for side, mask in masks.items() if mask is not None and mask.ndim == 2}
 
 

@@ -31,7 +31,8 @@ from stt.surgery import head_is_tied, untie_head
 
 logger = logging.getLogger(__name__)
 
-CONFIG, WEIGHTS, SELECTION, GENERATION = "config.json", "model.safetensors", "selection.safetensors", "generation_config.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
+WEIGHTS, SELECTION = "model.safetensors", "selection.safetensors"
 
 
 def save(model: PreTrainedModel, directory: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> Path:
@@ -48,10 +49,7 @@ def save(model: PreTrainedModel, directory: str | Path, tokenizer: PreTrainedTok
     state = narrow_state(model)
     config = copy.deepcopy(model.config)
     kind = _named_class(type(model).__name__, f"a {type(model).__name__}")
-    foreign = state.keys() - empty_model(kind, config, config.dtype, "meta").state_dict().keys()
-    if foreign:
-        raise InputError(f"the model has a tensor {min(foreign)!r} that {kind.__name__} does not have: merge LoRA "
-                         "(STTLoraLinear.merge_and_convert) and remove other adapters before saving")
+    _check_no_adapter(state, empty_model(kind, config, config.dtype, "meta").state_dict())
     config.architectures = [kind.__name__]
     config.dtype = config.dtype or model.dtype
     config.stt = {"base": config.name_or_path or None, **config.stt}
@@ -67,9 +65,11 @@ def save(model: PreTrainedModel, directory: str | Path, tokenizer: PreTrainedTok
     return Path(directory)
 
 
-def load(directory: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load(directory: str | Path, device: torch.device | str | None = None,
+         dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The sliced model that `save` wrote: compact, in evaluation mode, every parameter in the dtype it was saved in
-    (or all in `dtype`). Raises InputError for a folder that is missing, plain, damaged, or from a newer version.
+    (or all in `dtype`; a model of several dtypes runs under autocast). Raises InputError for a folder that is missing,
+    plain, damaged, or from a newer version.
 
     >>> model = stt.load("checkpoint")
     """
@@ -77,9 +77,7 @@ def load(directory: str | Path, device: torch.device | str | None = None, dtype:
     entry = _sliced_entry(directory)
     selection = Selection.load(directory / SELECTION)
     kind, config = class_and_config(directory)
-    state = read_weights(directory)
-    if dtype is not None:
-        state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+    state = read_weights(directory) if dtype is None else cast_floats(read_weights(directory), dtype)
     model = empty_model(kind, config, dtype or config.dtype)
     narrow = _load_unsliced(model, state, directory)
     apply(model, selection)
@@ -99,7 +97,7 @@ def restore(sliced: PreTrainedModel, dense: PreTrainedModel) -> None:
     every site, and all other parameters. The dropped units stay what they are in `dense`.
 
     Values are cast to the dtypes of `dense`: load it in float32 to keep float32 trained values to the last bit. A head
-    that was untied in `sliced` is untied in `dense` too. Raises InputError, before anything is changed, for another model.
+    that was untied in `sliced` is untied in `dense` too. Raises InputError, before anything changes, for another model.
     """
     selection = _selection_of(sliced)
     sites = find_sites(dense)
@@ -107,7 +105,9 @@ def restore(sliced: PreTrainedModel, dense: PreTrainedModel) -> None:
     values, target = narrow_state(sliced), dense.state_dict()
     members = [(sites[name], member, ids) for name, ids in selection.items() for member in sites[name].members]
     of_sites = {f"{member.module}.{part}" for _, member, _ in members for part in ("weight", "bias")}
-    others, expected = ({name: value for name, value in state.items() if name not in of_sites} for state in (values, target))
+    others = {name: value for name, value in values.items() if name not in of_sites}
+    expected = {name: value for name, value in target.items() if name not in of_sites}
+    _check_no_adapter(others, expected)
     _check_shapes(expected, others, "the sliced model")
     _check_shapes(others, expected, "the dense model")
     if head_is_tied(dense) and not head_is_tied(sliced):
@@ -147,6 +147,11 @@ def narrow_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def cast_floats(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """All floating tensors in one dtype; the others as they are."""
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+
+
 def empty_model(kind: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype | None,
                 device: str = "cpu") -> PreTrainedModel:
     """A model whose parameters are allocated but never written, and not tied; its buffers hold their values."""
@@ -183,13 +188,20 @@ def _named_class(name: str, origin: str) -> type[PreTrainedModel]:
 
 def _selection_of(model: nn.Module) -> Selection:
     if not isinstance(model, PreTrainedModel):
-        raise InputError(f"a Hugging Face model is needed, got {type(model).__name__}: unwrap it, and merge its adapters "
-                         "(merge_and_unload)")
+        raise InputError(f"a Hugging Face model is needed, got {type(model).__name__}: unwrap it, and merge its "
+                         "adapters (merge_and_unload)")
     selection = getattr(model, "stt_selection", None)
     if selection is None:
         raise InputError(f"this {type(model).__name__} is not sliced: apply a selection first (stt.apply), or use "
                          "save_pretrained")
     return selection
+
+
+def _check_no_adapter(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    foreign = state.keys() - expected.keys()
+    if foreign:
+        raise InputError(f"the sliced model has a tensor {min(foreign)!r} that its class does not have: merge LoRA "
+                         "(STTLoraLinear.merge_and_convert) and remove other adapters first")
 
 
 def _load_unsliced(model: PreTrainedModel, state: Mapping[str, Tensor], directory: Path) -> dict[str, Tensor]:
@@ -202,7 +214,8 @@ def _load_unsliced(model: PreTrainedModel, state: Mapping[str, Tensor], director
                  for part in ("weight", "bias")}
     _check_shapes(dense, {name: value for name, value in state.items() if name not in of_linear}, directory)
     narrow = {name: value for name, value in state.items() if name in dense and value.shape != dense[name].shape}
-    model.load_state_dict({name: value for name, value in state.items() if name not in narrow}, strict=False, assign=True)
+    unsliced = {name: value for name, value in state.items() if name not in narrow}
+    model.load_state_dict(unsliced, strict=False, assign=True)
     model.tie_weights(missing_keys=dense.keys() - state.keys(), recompute_mapping=False)
     live = model.state_dict(keep_vars=True)
     given = {id(live[name]) for name in state if name in live}
@@ -220,7 +233,7 @@ def _check_shapes(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], o
         if name not in expected or expected[name].shape != value.shape:
             wanted = tuple(expected[name].shape) if name in expected else "no such tensor"
             raise InputError(f"{name!r} of {origin} is {tuple(value.shape)}, expected {wanted}: "
-                             "use the files of one and the same model")
+                             "both must be of one and the same model")
 
 
 def _each_once(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -236,7 +249,10 @@ def _each_once(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def is_sliced(directory: Path) -> bool:
     """True if the folder is a sliced checkpoint."""
-    return (directory / CONFIG).is_file() and "stt" in _config_of(directory)
+    try:
+        return _entry_in(_config_of(directory)) is not None
+    except InputError:
+        return False
 
 
 def check_free(path: Path) -> None:
@@ -253,16 +269,18 @@ def written_whole(path: Path) -> Iterator[Path]:
     """A new folder beside `path` that takes its place when the block ends well and is removed when it fails."""
     path = path.resolve()
     part, old = path.with_name(path.name + ".part"), path.with_name(path.name + ".old")
-    for left_over in (part, old):
-        shutil.rmtree(left_over, ignore_errors=True)
+    shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         yield part
         if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
             os.replace(path, old)
         os.replace(part, path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        if old.exists() and not path.exists():
+            os.replace(old, path)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -276,12 +294,18 @@ def _config_of(directory: Path) -> dict[str, object]:
         raise InputError(f"{path} is not readable JSON ({error}): save the checkpoint again") from error
 
 
+def _entry_in(config: dict[str, object]) -> dict[str, object] | None:
+    entry = config.get("stt")
+    return entry if isinstance(entry, dict) and entry.keys() >= {"format_version", "sites"} else None
+
+
 def _sliced_entry(directory: Path) -> dict[str, object]:
     """The `stt` entry of a checkpoint's config, of a version we can read."""
-    entry = _config_of(directory).get("stt")
+    entry = _entry_in(_config_of(directory))
     if entry is None:
-        raise InputError(f"{directory} is a plain Hugging Face model, not a sliced checkpoint: load it with from_pretrained")
+        raise InputError(f"{directory} is a plain Hugging Face model, not a sliced checkpoint: load it with "
+                         "from_pretrained")
     if entry["format_version"] > FORMAT_VERSION:
-        raise InputError(f"{directory} has format {entry['format_version']}, this version reads up to {FORMAT_VERSION}: "
-                         "update stt")
+        raise InputError(f"{directory} has format {entry['format_version']}, this version reads up to "
+                         f"{FORMAT_VERSION}: update stt")
     return entry

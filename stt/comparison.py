@@ -13,31 +13,36 @@ from stt.runs import Run, load_run
 from stt.words import amount, decimal, duration, markdown_table, mean_of, model_name, paired_interval, percent, spread
 
 MODE_ORDER = tuple(plots.MODE_COLOURS)
-# arguments that make two runs neither better nor worse: not part of what tells configurations apart
-NOT_CONFIGURATION = ("seed", "run_name", "output_dir", "overwrite", "resume", "use_wandb", "wandb_project",
+# arguments that make two runs neither better nor worse, and the head policy, which has columns of its own: not part of
+# what tells configurations apart
+NOT_CONFIGURATION = ("seed", "head", "run_name", "output_dir", "overwrite", "resume", "use_wandb", "wandb_project",
                      "wandb_entity", "wandb_run_name", "log_interval", "eval_batch", "ppl_text")
 HEADS = {"train": "trained", "freeze": "frozen", "untie": "untied and trained"}
 
 
 @dataclass
 class Row:
-    """One configuration of a comparison: its runs over the seeds."""
+    """One configuration of a comparison: its runs over the seeds and the head policies."""
 
     configuration: dict[str, object]
     runs: list[Run] = field(default_factory=list)
 
-    def numbers(self, *keys: str) -> list[float]:
-        """The value at results[key][key]... of every run that has it."""
-        found = [_at(run.results, *keys) for run in self.runs]
+    def of(self, head: str) -> list[Run]:
+        """The runs with one head policy."""
+        return [run for run in self.runs if run.results["head"] == head]
+
+    def numbers(self, head: str, *keys: str) -> list[float]:
+        """The value at results[key][key]... of every run with this head policy that has it."""
+        found = [_at(run.results, *keys) for run in self.of(head)]
         return [value for value in found if value is not None]
 
 
 def compare(run_dirs: Sequence[str | Path], figure: str | Path | None = None) -> str:
     """Markdown tables of the runs, seeds of one configuration in one row (mean ± standard deviation over the seeds).
 
-    Runs on another recipe, task, model, head policy or number of test examples stand in a table of their own: their
-    numbers must not be compared. `figure` = where to draw the accuracies. Raises InputError for a run that is not
-    complete or given twice.
+    Runs on another recipe, task, model or number of test examples stand in a table of their own, and every head policy
+    has an accuracy column of its own: their numbers must not be compared. `figure` = where to draw the accuracies.
+    Raises InputError for a run that is not complete or given twice.
     """
     if not run_dirs:
         raise InputError("there is nothing to compare; give at least one run folder.")
@@ -47,8 +52,8 @@ def compare(run_dirs: Sequence[str | Path], figure: str | Path | None = None) ->
     for rows in tables.values():
         rows.sort(key=lambda row: (_rank(row.configuration["mode"]), json.dumps(row.configuration, sort_keys=True)))
     if figure is not None:
-        plots.comparison({title: (_bars(rows), rows[0].numbers("accuracy", "majority")[0])
-                          for title, rows in tables.items()}, figure)
+        plots.comparison({f"{title} · head {HEADS[head]}": _bars(rows, head)
+                          for title, rows in tables.items() for head in _policies(rows)}, figure)
     return "\n".join(_comparison_table(title, rows) for title, rows in tables.items())
 
 
@@ -56,7 +61,12 @@ def _title(run: Run) -> str:
     results = run.results
     split = "held-out" if results.get("dev_mode") else "test"
     return (f"{results['recipe']} · {results['task']} · {model_name(results['model'])} · "
-            f"head {HEADS.get(results['head'], results['head'])} · {results['accuracy']['n']} {split} examples")
+            f"{results['accuracy']['n']} {split} examples")
+
+
+def _policies(rows: Sequence[Row]) -> list[str]:
+    """The head policies that occur, the trained head first."""
+    return [head for head in HEADS if any(row.of(head) for row in rows)]
 
 
 def _add(rows: list[Row], run: Run) -> None:
@@ -66,7 +76,7 @@ def _add(rows: list[Row], run: Run) -> None:
     if row is None:
         row = Row(configuration)
         rows.append(row)
-    twin = next((other for other in row.runs if other.results["seed"] == run.results["seed"]), None)
+    twin = next((other for other in row.of(run.results["head"]) if other.results["seed"] == run.results["seed"]), None)
     if twin is not None:
         raise InputError(f"{twin.path} and {run.path} are the same configuration with the same seed; give one of them.")
     row.runs.append(run)
@@ -88,44 +98,57 @@ def _labels(rows: Sequence[Row]) -> list[str]:
     return labels
 
 
-def _bars(rows: Sequence[Row]) -> list[plots.Bar]:
-    return [plots.Bar(label, str(row.configuration["mode"]), tuple(row.numbers("accuracy", "test")),
-                      tuple(value / 1e6 for value in row.numbers("parameters", "trained")))
-            for row, label in zip(rows, _labels(rows), strict=True)]
+def _bars(rows: Sequence[Row], head: str) -> tuple[list[plots.Bar], float]:
+    """A bar for every row that has runs with this head policy, and the majority class's accuracy."""
+    bars = [plots.Bar(label, str(row.configuration["mode"]), tuple(row.numbers(head, "accuracy", "test")),
+                      tuple(value / 1e6 for value in row.numbers(head, "parameters", "trained")))
+            for row, label in zip(rows, _labels(rows), strict=True) if row.of(head)]
+    return bars, next(value for row in rows for value in row.numbers(head, "accuracy", "majority"))
 
 
 def _comparison_table(title: str, rows: Sequence[Row]) -> str:
-    head = ("mode", "seeds", "test accuracy", "trained", "without head", "neurons kept", "perplexity",
-            "training FLOPs", "training time")
-    cells = [(label, str(len(row.runs)), spread(row.numbers("accuracy", "test"), 100, " %"),
-              mean_of(row.numbers("parameters", "trained"), amount),
-              mean_of(row.numbers("parameters", "trained_without_head"), amount),
-              mean_of(row.numbers("parameters", "kept_fraction_of_units"), percent),
-              spread(row.numbers("perplexity", "trained")), mean_of(row.numbers("flops", "training"), amount),
-              mean_of(row.numbers("seconds", "training"), duration))
-             for row, label in zip(rows, _labels(rows), strict=True)]
-    dense, majority = rows[0].numbers("perplexity", "dense"), rows[0].numbers("accuracy", "majority")
+    policies = _policies(rows)
+    head = ("mode", "seeds", *(f"test accuracy, head {HEADS[policy]}" for policy in policies), "trained",
+            "without head", "neurons kept", "perplexity sliced", "perplexity trained", "training FLOPs", "training time")
+    cells = [_cells(row, label, policies) for row, label in zip(rows, _labels(rows), strict=True)]
+    dense, majority = ([value for row in rows for value in row.numbers(policies[0], *keys)]
+                       for keys in (("perplexity", "dense"), ("accuracy", "majority")))
     notes = [f"Majority class: {mean_of(majority, percent)}. Perplexity of the dense model before training: "
-             f"{mean_of(dense, decimal)}. ± is the standard deviation over the seeds."]
-    return "\n".join([f"### {title}", "", *markdown_table([head, *cells]), "", *notes, *_differences(rows), ""])
+             f"{mean_of(dense, decimal)}. ± is the standard deviation over the seeds. All columns but the accuracies "
+             f"are of the runs with the head {HEADS[policies[0]]}."]
+    differences = [line for policy in policies for line in _differences(rows, policy)]
+    return "\n".join([f"### {title}", "", *markdown_table([head, *cells]), "", *notes, *differences, ""])
 
 
-def _differences(rows: Sequence[Row]) -> list[str]:
+def _cells(row: Row, label: str, policies: Sequence[str]) -> tuple[str, ...]:
+    shown = policies[0]
+    return (label, str(max(len(row.of(policy)) for policy in policies)),
+            *(spread(row.numbers(policy, "accuracy", "test"), 100, " %") for policy in policies),
+            mean_of(row.numbers(shown, "parameters", "trained"), amount),
+            mean_of(row.numbers(shown, "parameters", "trained_without_head"), amount),
+            mean_of(row.numbers(shown, "parameters", "kept_fraction_of_units"), percent),
+            spread(row.numbers(shown, "perplexity", "sliced")), spread(row.numbers(shown, "perplexity", "trained")),
+            mean_of(row.numbers(shown, "flops", "training"), amount),
+            mean_of(row.numbers(shown, "seconds", "training"), duration))
+
+
+def _differences(rows: Sequence[Row], head: str) -> list[str]:
     """STT minus random, paired by seed, where the two differ in nothing but the mode."""
     lines = []
     for stt in (row for row in rows if row.configuration["mode"] == "stt"):
         for other in (row for row in rows if row.configuration == stt.configuration | {"mode": "random"}):
-            ours, theirs = (_by_seed(row) for row in (stt, other))
+            ours, theirs = (_by_seed(row.of(head)) for row in (stt, other))
             gaps = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
             if len(gaps) >= 2:
                 low, high = paired_interval(gaps)
-                lines.append(f"stt minus random over {len(gaps)} common seeds: {100 * statistics.mean(gaps):+.1f} "
-                             f"points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f} (paired t).")
+                lines.append(f"stt minus random, head {HEADS[head]}, over {len(gaps)} common seeds: "
+                             f"{100 * statistics.mean(gaps):+.1f} points, 95 % interval {100 * low:+.1f} to "
+                             f"{100 * high:+.1f} (paired t).")
     return lines
 
 
-def _by_seed(row: Row) -> dict[object, float]:
-    return {run.results["seed"]: run.results["accuracy"]["test"] for run in row.runs}
+def _by_seed(runs: Sequence[Run]) -> dict[object, float]:
+    return {run.results["seed"]: run.results["accuracy"]["test"] for run in runs}
 
 
 def _at(values: Mapping[str, object], *keys: str) -> float | None:

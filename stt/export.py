@@ -1,7 +1,7 @@
 """A sliced checkpoint as a plain Hugging Face folder, for people who do not have this library.
 
-`export_hf` keeps the model narrow: every site is padded with exact zeros to the widest one, because a plain config has one
-width for all. `export_dense` puts the trained units back into the dense model.
+`export_hf` keeps the model narrow: every site is padded with exact zeros to the widest one, because a plain config has
+one width for all. `export_dense` puts the trained units back into the dense model.
 """
 from __future__ import annotations
 
@@ -20,8 +20,18 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from stt.checkpoint import (CONFIG, GENERATION, check_free, class_and_config, empty_model, is_sliced, load, read_weights,
-                            restore, written_whole)
+from stt.checkpoint import (
+    CONFIG,
+    GENERATION,
+    cast_floats,
+    check_free,
+    empty_model,
+    is_sliced,
+    load,
+    read_weights,
+    restore,
+    written_whole,
+)
 from stt.errors import InputError
 from stt.mlps.stt_linear import STTLinear
 from stt.trace import dummy_inputs
@@ -29,7 +39,9 @@ from stt.trace import dummy_inputs
 logger = logging.getLogger(__name__)
 
 Keys = tuple[str, ...]  # where a value stands in a nested config
+Entry = tuple[Keys, object, set[int]]  # where, the value, the whole numbers beside it
 Widths = dict[int, int]  # dense width of a site -> width in the exported model
+Change = tuple[dict[Keys, object], Widths]  # new config values, and the widths they give
 UNFIT = (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AttributeError, AssertionError,
          StrictDataclassError)  # how a config or a model class refuses a value
 TOLERANCE = 1e-5  # relative to the largest output, float32
@@ -38,10 +50,10 @@ TOLERANCE = 1e-5  # relative to the largest output, float32
 def export_hf(directory: str | Path, out: str | Path, multiple_of: int = 1) -> Path:
     """Write the sliced checkpoint `directory` as a narrow model that plain `from_pretrained` loads; the new folder.
 
-    All sites of one dense width get the same width: their widest, rounded up to `multiple_of`. The config entry is found
-    by its value and verified by the shapes of every parameter; the outputs are compared through real files before the
-    folder appears. Parameters of different dtypes are all written in the widest of them. Raises InputError, with nothing
-    written, if no config entry sets the width or `out` is not free.
+    All sites of one dense width get the same width: their widest, rounded up to `multiple_of` but never beyond the dense
+    one. The config entry is found by its value and verified by the shapes of every parameter; the outputs are compared
+    through real files before the folder appears. Parameters of several dtypes are all written in the widest of them.
+    Raises InputError, with nothing written, if no config entry sets the width or `out` is not free.
     """
     directory, out = Path(directory), Path(out)
     check_free(out)
@@ -62,8 +74,9 @@ def export_hf(directory: str | Path, out: str | Path, multiple_of: int = 1) -> P
         loaded = type(plain).from_pretrained(part, dtype=compute)
         error = (_first_output(loaded, inputs) - expected).abs().max().item() / expected.abs().max().item()
         if not error <= TOLERANCE:
-            raise InputError(f"the exported {type(plain).__name__} differs from the sliced one by {error:.1e} of its largest "
-                             "output, so nothing was written: use --to dense, or load the checkpoint with stt.load")
+            raise InputError(f"the exported {type(plain).__name__} differs from the sliced one by {error:.1e} of its "
+                             "largest output, so nothing was written: export with --to dense, or load the checkpoint "
+                             "with stt.load")
     logger.info("exported %s with width %s to %s (outputs equal to %.0e)", type(plain).__name__,
                 ", ".join(str(width) for width in widths.values()), out, error)
     return out
@@ -72,9 +85,9 @@ def export_hf(directory: str | Path, out: str | Path, multiple_of: int = 1) -> P
 def export_dense(directory: str | Path, out: str | Path, base: str | Path | None = None) -> Path:
     """Write the dense model with the trained units of the checkpoint `directory` put back; the new folder.
 
-    `base` is the dense model (hub id or folder) the selection was made on; by default the one the checkpoint names. All
-    parameters are written in the widest dtype of the checkpoint, so that no trained value is rounded. Raises InputError,
-    with nothing written, for a base that is unknown, missing, or another model.
+    `base` is the dense model (hub id or folder) the selection was made on; by default the one the checkpoint names.
+    All parameters are written in the widest dtype of the checkpoint, so that no trained value is rounded. Raises
+    InputError, with nothing written, for a base that is unknown, missing, or another model.
     """
     directory, out = Path(directory), Path(out)
     check_free(out)
@@ -83,14 +96,15 @@ def export_dense(directory: str | Path, out: str | Path, base: str | Path | None
     if base is None:
         raise InputError(f"{directory} does not say which dense model it was made from: give it (--base)")
     if is_sliced(Path(base)):
-        raise InputError(f"the base {base} is a sliced checkpoint itself: give the dense model it was made from (--base)")
+        raise InputError(f"the base {base} is a sliced checkpoint itself: give the dense model it was made from "
+                         "(--base)")
     config = _without_entry(sliced.config)
     try:
         dense = type(sliced).from_pretrained(base, config=config, dtype=_widest_dtype(sliced.parameters()))
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise InputError(f"cannot load the dense model {str(base)!r} ({reason}): give the model the checkpoint was made "
-                         "from (--base)") from error
+        raise InputError(f"cannot load the dense model {str(base)!r} ({reason}): give the model the checkpoint was "
+                         "made from (--base)") from error
     restore(sliced, dense)
     if sliced.can_generate():
         dense.generation_config = sliced.generation_config
@@ -115,11 +129,12 @@ def _narrow_config(sliced: PreTrainedModel, multiple_of: int) -> tuple[PreTraine
         except UNFIT:
             continue
         if is_right:
-            logger.info("changed in the config: %s", {".".join(keys): value for keys, value in changes.items()} or "nothing")
+            said = ", ".join(f"{'.'.join(keys)} = {value}" for keys, value in changes.items())
+            logger.info("changed in the config: %s", said or "nothing")
             return config, widths
-    raise InputError(f"{type(sliced).__name__} has no config entry that makes its feed-forward blocks narrower "
-                     f"({', '.join(f'{old} to {new}' for old, new in needed.items())}): export with --to dense, or load "
-                     "the checkpoint with stt.load")
+    raise InputError(f"{type(sliced).__name__} has no config entry that makes its feed-forward blocks, and nothing "
+                     f"else, narrower ({', '.join(f'{old} to {new}' for old, new in needed.items())}): export with "
+                     "--to dense, or load the checkpoint with stt.load")
 
 
 def _needed_widths(sliced: PreTrainedModel, multiple_of: int) -> Widths:
@@ -132,8 +147,8 @@ def _needed_widths(sliced: PreTrainedModel, multiple_of: int) -> Widths:
     return needed
 
 
-def _entries(data: Mapping[str, object], config: PreTrainedConfig, above: Keys = ()) -> Iterator[tuple[Keys, object, set[int]]]:
-    """(where, value, whole numbers beside it) of every entry of a config and of the configs in it."""
+def _entries(data: Mapping[str, object], config: PreTrainedConfig, above: Keys = ()) -> Iterator[Entry]:
+    """Every entry of a config and of the configs in it."""
     numbers = {value for value in data.values() if type(value) is int}
     for key, value in data.items():
         if key in config.sub_configs and isinstance(value, dict):
@@ -142,9 +157,9 @@ def _entries(data: Mapping[str, object], config: PreTrainedConfig, above: Keys =
             yield (*above, key), value, numbers
 
 
-def _candidates(entries: list[tuple[Keys, object, set[int]]], needed: Widths) -> Iterator[tuple[dict[Keys, object], Widths]]:
-    """Changes of the config that may give the needed widths, with the widths they give: entries that hold a dense width
-    (fewest first), then one that holds its ratio to the hidden size, then one that is unset."""
+def _candidates(entries: list[Entry], needed: Widths) -> Iterator[Change]:
+    """Changes of the config that may give the needed widths: of entries that hold a dense width (fewest first), then of
+    one that holds its ratio to the hidden size, then of one that is unset."""
     if all(old == new for old, new in needed.items()):
         yield {}, needed
     equal = [(keys, needed[value]) for keys, value, _ in entries if type(value) is int and value in needed]
@@ -201,7 +216,7 @@ def _changed(data: Mapping[str, object], changes: Mapping[Keys, object]) -> dict
 def _plain_model(sliced: PreTrainedModel, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """An ordinary model with the (padded) weights of `sliced`; transposed where the architecture stores them so."""
     plain = empty_model(type(sliced), config, dtype)
-    state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in sliced.state_dict().items()}
+    state = cast_floats(sliced.state_dict(), dtype)
     for name in _narrow_layers(sliced):
         if isinstance(plain.get_submodule(name), Conv1D):
             state[f"{name}.weight"] = state[f"{name}.weight"].T.contiguous()

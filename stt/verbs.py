@@ -79,7 +79,7 @@ def sites(args: SitesArgs) -> None:
 
 def export(args: ExportArgs) -> None:
     """`stt export`"""
-    from stt.checkpoint import export_dense, export_hf
+    from stt.export import export_dense, export_hf
 
     if args.to == "hf":
         export_hf(args.dir, args.out)

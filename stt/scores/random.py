@@ -16,7 +16,7 @@ class Random(Score):
     seed: int = 0
 
     def result(self, site: str, weight: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed * 2**32 + zlib.crc32(site.encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {site}".encode()))  # 32 bits is all it uses
         return torch.rand(len(weight), generator=generator)
 
 
