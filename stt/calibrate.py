@@ -146,7 +146,7 @@ def _summed_loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     inputs = dict(inputs)
     is_causal = model.loss_function is LOSS_MAPPING["ForCausalLM"] and not model.config.is_encoder_decoder
     labels = inputs.get("labels") if model.config.is_encoder_decoder else inputs.pop("labels", None)
-    if labels is None and is_causal:
+    if labels is None and is_causal and "input_ids" in inputs:
         mask = inputs.get("attention_mask")
         labels = inputs["input_ids"] if mask is None else inputs["input_ids"].masked_fill(mask == 0, -100)
     if labels is None:

@@ -65,11 +65,13 @@ def save(model: PreTrainedModel, directory: str | Path, tokenizer: PreTrainedTok
     return Path(directory)
 
 
-def load(directory: str | Path, device: torch.device | str | None = None,
-         dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load(directory: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+         example: Mapping[str, Tensor] | None = None) -> PreTrainedModel:
     """The sliced model that `save` wrote: compact, in evaluation mode, every parameter in the dtype it was saved in
-    (or all in `dtype`; a model of several dtypes runs under autocast). Raises InputError for a folder that is missing,
-    plain, damaged, or from a newer version.
+    (or all in `dtype`; a model of several dtypes runs under autocast).
+
+    `example` is a batch for models whose input cannot be made up, as for find_sites. Raises InputError for a folder
+    that is missing, plain, damaged, or from a newer version.
 
     >>> model = stt.load("checkpoint")
     """
@@ -80,6 +82,7 @@ def load(directory: str | Path, device: torch.device | str | None = None,
     state = read_weights(directory) if dtype is None else cast_floats(read_weights(directory), dtype)
     model = empty_model(kind, config, dtype or config.dtype)
     narrow = _load_unsliced(model, state, directory)
+    find_sites(model, example)  # stays on the model, for apply
     apply(model, selection)
     if model.config.stt["sites"] != entry["sites"]:
         raise InputError(f"{directory / SELECTION} is not the selection {directory / CONFIG} speaks of: "
@@ -250,7 +253,7 @@ def _each_once(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def is_sliced(directory: Path) -> bool:
     """True if the folder is a sliced checkpoint."""
     try:
-        return _entry_in(_config_of(directory)) is not None
+        return (directory / SELECTION).is_file() and _entry_in(_config_of(directory)) is not None
     except InputError:
         return False
 

@@ -34,6 +34,7 @@ from stt.checkpoint import (
 )
 from stt.errors import InputError
 from stt.mlps.stt_linear import STTLinear
+from stt.sites import find_sites
 from stt.trace import dummy_inputs
 
 logger = logging.getLogger(__name__)
@@ -47,13 +48,15 @@ UNFIT = (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, Attr
 TOLERANCE = 1e-5  # relative to the largest output, float32
 
 
-def export_hf(directory: str | Path, out: str | Path, multiple_of: int = 1) -> Path:
+def export_hf(directory: str | Path, out: str | Path, multiple_of: int = 1,
+              example: Mapping[str, Tensor] | None = None) -> Path:
     """Write the sliced checkpoint `directory` as a narrow model that plain `from_pretrained` loads; the new folder.
 
-    All sites of one dense width get the same width: their widest, rounded up to `multiple_of` but never beyond the dense
-    one. The config entry is found by its value and verified by the shapes of every parameter; the outputs are compared
-    through real files before the folder appears. Parameters of several dtypes are all written in the widest of them.
-    Raises InputError, with nothing written, if no config entry sets the width or `out` is not free.
+    All sites of one dense width get the same width: their widest, rounded up to `multiple_of`, at most the dense one.
+    The config entry is found by its value and verified by the shapes of every parameter; the outputs are compared
+    through real files before the folder appears, on `example` if the model's input cannot be made up. Parameters of
+    several dtypes are all written in the widest of them. Raises InputError, with nothing written, if no config entry
+    sets the width or `out` is not free.
     """
     directory, out = Path(directory), Path(out)
     check_free(out)
@@ -61,8 +64,8 @@ def export_hf(directory: str | Path, out: str | Path, multiple_of: int = 1) -> P
         raise InputError(f"multiple_of must be a whole number of at least 1, got {multiple_of}")
     dtype = _widest_dtype(read_weights(directory).values())
     compute = torch.promote_types(dtype, torch.float32)
-    sliced = load(directory, dtype=compute)
-    inputs = dummy_inputs(sliced)
+    sliced = load(directory, dtype=compute, example=example)
+    inputs = dummy_inputs(sliced) if example is None else example
     expected = _first_output(sliced, inputs)
     config, widths = _narrow_config(sliced, multiple_of)
     for layer in _narrow_layers(sliced).values():
@@ -82,7 +85,8 @@ def export_hf(directory: str | Path, out: str | Path, multiple_of: int = 1) -> P
     return out
 
 
-def export_dense(directory: str | Path, out: str | Path, base: str | Path | None = None) -> Path:
+def export_dense(directory: str | Path, out: str | Path, base: str | Path | None = None,
+                 example: Mapping[str, Tensor] | None = None) -> Path:
     """Write the dense model with the trained units of the checkpoint `directory` put back; the new folder.
 
     `base` is the dense model (hub id or folder) the selection was made on; by default the one the checkpoint names.
@@ -91,20 +95,15 @@ def export_dense(directory: str | Path, out: str | Path, base: str | Path | None
     """
     directory, out = Path(directory), Path(out)
     check_free(out)
-    sliced = load(directory)
+    sliced = load(directory, example=example)
     base = base or sliced.config.stt["base"]
     if base is None:
         raise InputError(f"{directory} does not say which dense model it was made from: give it (--base)")
     if is_sliced(Path(base)):
         raise InputError(f"the base {base} is a sliced checkpoint itself: give the dense model it was made from "
                          "(--base)")
-    config = _without_entry(sliced.config)
-    try:
-        dense = type(sliced).from_pretrained(base, config=config, dtype=_widest_dtype(sliced.parameters()))
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"cannot load the dense model {str(base)!r} ({reason}): give the model the checkpoint was "
-                         "made from (--base)") from error
+    dense = _dense_model(sliced, base)
+    find_sites(dense, example)  # stays on the model, for restore
     restore(sliced, dense)
     if sliced.can_generate():
         dense.generation_config = sliced.generation_config
@@ -113,6 +112,23 @@ def export_dense(directory: str | Path, out: str | Path, base: str | Path | None
         _copy_tokenizer(directory, part)
     logger.info("put the trained units of %s back into %s, written to %s", directory, base, out)
     return out
+
+
+def _dense_model(sliced: PreTrainedModel, base: str | Path) -> PreTrainedModel:
+    """The dense model called `base`, in the widest dtype of `sliced`. It may lack what `restore` will write, as a head,
+    but no projection of a site: its dropped units would be random."""
+    try:
+        dense, info = type(sliced).from_pretrained(base, config=_without_entry(sliced.config), output_loading_info=True,
+                                                   dtype=_widest_dtype(sliced.parameters()))
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"cannot load the dense model {str(base)!r} ({reason}): give the model the checkpoint was "
+                         "made from (--base)") from error
+    absent = [name for name in info["missing_keys"] if name.rpartition(".")[0] in _narrow_layers(sliced)]
+    if absent:
+        raise InputError(f"{str(base)!r} has no {min(absent)}, so it is not the dense model of this "
+                         f"{type(sliced).__name__}: give the model the checkpoint was made from (--base)")
+    return dense
 
 
 # ---------------------------------------------------------------- the width of the exported model

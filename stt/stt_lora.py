@@ -49,6 +49,11 @@ class STTLoraLinear(nn.Module):
         update = F.linear(F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A), self.lora_B) * self.scaling
         return layer.widened(y + update.to(y.dtype))
 
+    @property
+    def weight(self) -> Tensor:
+        """The narrow weight without the update; models ask a projection for its dtype."""
+        return self.stt_linear.weight
+
     def delta(self) -> Tensor:
         """(alpha / R) B A: (P_out, P_in)."""
         return self.scaling * self.lora_B @ self.lora_A
@@ -74,7 +79,7 @@ class STTLoraLinear(nn.Module):
         adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, STTLoraLinear)]
         for name, module in adapted:
             if not module.merged:
-                module.stt_linear.weight.data = module.stt_linear.weight.data.float()
+                module.stt_linear.float()
             module.merge()
             module.stt_linear.is_adapted = False
             replace_module(model, name, module.stt_linear)
@@ -82,8 +87,10 @@ class STTLoraLinear(nn.Module):
 
 
 def add_stt_lora(model: nn.Module, r: int, lora_alpha: float, lora_dropout: float) -> list[str]:
-    """Adapt every STTLinear of the model; names of the new parameters."""
-    narrow = [name for name, module in model.named_modules() if isinstance(module, STTLinear)]
+    """Adapt every STTLinear of the model; names of the new parameters. Raises InputError if there is none left."""
+    narrow = [name for name, module in model.named_modules() if isinstance(module, STTLinear) and not module.is_adapted]
+    if not narrow:
+        raise InputError("the model has no STTLinear layer to adapt: apply a selection first")
     for name in narrow:
         replace_module(model, name, STTLoraLinear(model.get_submodule(name), r, lora_alpha, lora_dropout))
     return [f"{name}.{matrix}" for name in narrow for matrix in ("lora_A", "lora_B")]

@@ -34,7 +34,10 @@ class STTTransformer:
         self._dense_parameters = sum(p.numel() for p in model.parameters())
 
     def transform(self) -> nn.Module:
-        """The model itself, sliced. The selection stays on it as `model.stt_selection`, the widths in its config."""
+        """The model itself, sliced. The selection stays on it as `model.stt_selection`, the widths in its config. Raises
+        InputError if it is sliced already: its units would no longer be those of the dense model."""
+        if any(isinstance(module, STTLinear) for module in self.model.modules()):
+            raise InputError("the model is sliced already: apply a selection to the dense model")
         plan = [(self.sites[name], self._layers(self.sites[name], ids)) for name, ids in self.selection.items()]
         for site, layers in plan:
             for member, layer in zip(site.members, layers, strict=True):

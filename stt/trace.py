@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from stt.errors import InputError
 
+DTYPE, DEVICE = torch.Tensor.dtype.__get__, torch.Tensor.device.__get__  # made anew at each access: compare with ==
 TRANSPOSES = (torch.Tensor.T.__get__, torch.Tensor.mT.__get__, torch.Tensor.t, torch.t)
 PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d)
@@ -53,9 +54,9 @@ class WeightlessTrace(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is torch.Tensor.dtype.__get__ and self._is_ours(args[0]):
+        if func == DTYPE and self._is_ours(args[0]):
             return torch.float32 if args[0].is_floating_point() else func(*args)
-        if func is torch.Tensor.device.__get__ and self._is_ours(args[0]):
+        if func == DEVICE and self._is_ours(args[0]):
             return torch.device("cpu")
         if func is F.linear and id(self._weight(args, kwargs)) in self._linear:
             weight = self._weight(args, kwargs)

@@ -59,10 +59,10 @@ def test_blocks_are_what_the_config_promises(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
-def test_meta_device_decodes_to_the_same_sites(name: str) -> None:
-    model, _ = tiny.build(name)
-    expected = [described(site) for site in find_sites(copy.deepcopy(model)).values()]
-    assert [described(site) for site in find_sites(model.to("meta")).values()] == expected
+def test_other_dtypes_and_the_meta_device_decode_to_the_same_sites(name: str) -> None:
+    expected = [described(site) for site in find_sites(tiny.build(name)[0]).values()]
+    for change in (torch.bfloat16, torch.float64, "meta"):
+        assert [described(site) for site in find_sites(tiny.build(name)[0].to(change)).values()] == expected
 
 
 def test_half_a_billion_parameters_on_meta_in_ten_seconds() -> None:

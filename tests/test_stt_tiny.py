@@ -260,6 +260,15 @@ def test_bad_input_writes_nothing(script, tmp_path, capsys, flags, message):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(("content", "message"), [("[{", "is not JSON"), ('[{"story": ""}]', "genders and edge_types")])
+def test_data_that_is_not_ours(script, tmp_path, capsys, content, message):
+    for name in ("val.json", "test.json"):
+        (tmp_path / name).write_text(content)
+    assert script.main(["--out", str(tmp_path / "new"), "--data", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_nan_loss_stops_with_exit_code_3(script, tmp_path, capsys, monkeypatch):
     build = script.build_model
 

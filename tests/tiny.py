@@ -10,9 +10,10 @@ from functools import partial
 
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 HIDDEN, NEURONS, VOCABULARY, LENGTH = 32, 44, 97, 7
 Built = tuple[PreTrainedModel, dict[str, Tensor]]
@@ -152,7 +153,7 @@ REFUSED: dict[str, tuple[Callable[[], Built], str]] = {  # builder, the reason i
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> Built:
     """A fresh model in evaluation mode and a batch for it."""
-    model, batch = ARCHITECTURES[name]()
+    model, batch = (ARCHITECTURES | PARTLY)[name]()
     return model.to(dtype), {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
 
 
@@ -168,6 +169,14 @@ def _floats(value: object) -> Iterator[Tensor]:
     elif isinstance(value, dict | list | tuple):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _floats(part)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word: "w7" is 7."""
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
+    core = Tokenizer(models.WordLevel(words, unk_token="</s>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>", bos_token="<s>")
 
 
 class Toy(PreTrainedModel):

@@ -43,6 +43,8 @@ class SiteLayout:
         """Pad every layer of the site with exact zeros to a multiple of `multiple` kept neurons."""
         if not isinstance(multiple, int) or multiple < 1:
             raise InputError(f"pad_to must be a whole number of at least 1, got {multiple}")
+        if any(layer.is_adapted for layer in self.layers):
+            raise InputError("this site carries a LoRA: merge it (STTLoraLinear.merge_and_convert) before padding")
         for layer in self.layers:
             layer.resize(multiple)
 
@@ -109,8 +111,6 @@ class STTLinear(nn.Linear):
 
     def resize(self, multiple: int) -> None:
         """Pad this layer alone; the layout calls it for all layers of the site."""
-        if self.is_adapted:
-            raise InputError("this STTLinear carries a LoRA: merge it (STTLoraLinear.merge_and_convert) before padding")
         kept = self.active_out_features // self.blocks
         rows = kept if self.out_indices is None else _round_up(kept, multiple * self.interleaved)
         columns = self.active_in_features if self.in_indices is None else _round_up(self.active_in_features, multiple)
