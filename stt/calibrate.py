@@ -53,7 +53,7 @@ def calibrate(model: nn.Module, sites: Sites, scores: list[Score], batches: Iter
     if needs - {"weights"}:
         with _prepared(model, with_gradients="gradients" in needs):
             hidden = None if progress else True  # None: shown on a terminal
-            for batch in tqdm(_batched(batches), desc="measuring neurons", unit="batch", disable=hidden):
+            for batch in tqdm(batched(batches), desc="measuring neurons", unit="batch", disable=hidden):
                 inputs = as_inputs(batch, model, tokenizer)
                 inputs = inputs if count_padding else _padded_right(model, inputs)
                 masks = {} if count_padding else _token_masks(model, inputs)
@@ -216,8 +216,9 @@ def as_inputs(batch: Batch, model: nn.Module, tokenizer: PreTrainedTokenizerBase
             for name, value in named.items()}
 
 
-def _batched(data: Iterable[Batch] | Sequence[str]) -> Iterable[Batch]:
-    """A plain list of strings in batches of 16, the longest first; batches as they are."""
+def batched(data: Iterable[Batch] | Sequence[str]) -> Iterable[Batch]:
+    """A plain list of strings in batches of 16, the longest first; batches as they are. Raises InputError for what can
+    only be one batch."""
     if isinstance(data, Mapping | str | Tensor):
         raise InputError(f"the calibration data must be an iterable of batches, got one {type(data).__name__}: "
                          "put it into a list")

@@ -92,7 +92,8 @@ def load(directory: str | Path, device: torch.device | str | None = None, dtype:
     model.config.stt["base"] = entry.get("base")
     if (directory / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
-    return model.eval().to(device) if device is not None else model.eval()
+    model.eval()
+    return model if device is None else model.to(device)
 
 
 def restore(sliced: PreTrainedModel, dense: PreTrainedModel) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -119,7 +120,10 @@ def add_lora(model: nn.Module, lora: Lora) -> list[str]:
 
 
 def merge_adapters(model: nn.Module) -> int:
-    """Merge every adapter of the model into float32 weights and put the plain layers back; how many there were."""
+    """Merge every adapter of the model and put the plain layers back; how many there were.
+
+    A half-precision weight becomes float32 first, so that the update is not rounded away.
+    """
     merged = STTLoraLinear.merge_and_convert(model)
     if not hasattr(model, "peft_config"):
         return merged
@@ -128,7 +132,7 @@ def merge_adapters(model: nn.Module) -> int:
     adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     for name, module in adapted:
         base = module.get_base_layer()
-        base.weight.data = base.weight.data.float()
+        base.weight.data = base.weight.data.to(torch.promote_types(base.weight.dtype, torch.float32))
         module.merge(safe_merge=True)
         replace_module(model, name, base)
     del model.peft_config

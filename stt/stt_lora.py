@@ -37,6 +37,7 @@ class STTLoraLinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(stt_linear.out_features, r, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.merged = False
+        self.train(stt_linear.training)
         if merge_weights:
             self.merge()
 
@@ -79,7 +80,7 @@ class STTLoraLinear(nn.Module):
         adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, STTLoraLinear)]
         for name, module in adapted:
             if not module.merged:
-                module.stt_linear.float()
+                module.stt_linear.to(torch.promote_types(module.weight.dtype, torch.float32))
             module.merge()
             module.stt_linear.is_adapted = False
             replace_module(model, name, module.stt_linear)

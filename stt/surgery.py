@@ -50,21 +50,22 @@ def train_only(model: nn.Module, parameters: Iterable[str] | None = None, head: 
 
     `head`: "train", "freeze", or "untie" (train a copy of a tied head). Trained parameters become float32, frozen ones
     keep their dtype: bf16 weights hardly move at fine-tuning learning rates. Run a half-precision model under autocast.
-    Raises InputError for an unknown name or policy, or if nothing would train.
+    Raises InputError, before anything changes, for an unknown name or policy, or if nothing (by default: nothing but the
+    head) would train.
     """
     if head not in HEADS:
         raise unknown_name("head policy", head, HEADS)
+    chosen = set(sliced_parameters(model) if parameters is None else parameters)
+    for name in sorted(chosen - dict(model.named_parameters()).keys()):
+        raise unknown_name("parameter", name, dict(model.named_parameters()))
+    if not chosen and (parameters is None or head == "freeze" or not head_parameters(model)):
+        raise InputError("nothing would train: the model has no STTLinear layer; apply a selection first or name the "
+                         "parameters")
     if head == "untie":
         untie_head(model)
-    chosen = set(sliced_parameters(model) if parameters is None else parameters)
-    known = dict(model.named_parameters())
-    for name in chosen - known.keys():
-        raise unknown_name("parameter", name, known)
     if head != "freeze":
         chosen |= head_parameters(model).keys()
-    if not chosen:
-        raise InputError("nothing would train: the model has no STTLinear layer and no trainable head; "
-                         "apply a selection first or name the parameters")
+    known = dict(model.named_parameters())
     for name, parameter in known.items():
         parameter.requires_grad_(name in chosen)
         if name in chosen:

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from stt.calibrate import Batch
+from stt.calibrate import Batch, batched
+from stt.errors import InputError
 from stt.selection import Selection
 from stt.stt_tracker import Tracker
 
@@ -24,5 +25,8 @@ class WandaAdaptTracker(Tracker):
         self.options = {"wanda": {"norm": norm}}
 
     def get_wanda_indices(self, dataloader: Iterable[Batch], scan_batches: int | None = None) -> Selection:
-        """The best neurons of every site, measured on the first `scan_batches` batches (None: on all)."""
-        return self.get_active_indices(islice(dataloader, scan_batches))
+        """The best neurons of every site, measured on the first `scan_batches` batches (None: on all). Raises InputError
+        for fewer than one."""
+        if scan_batches is not None and scan_batches < 1:
+            raise InputError(f"scan_batches must be at least 1 or None for all, got {scan_batches}")
+        return self.get_active_indices(islice(batched(dataloader), scan_batches))

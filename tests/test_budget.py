@@ -136,8 +136,10 @@ def test_impossible_counts(measured, count: int) -> None:
 
 
 def test_counts_of_other_sites(measured) -> None:
-    with pytest.raises(InputError, match="the budget names 1 sites, this model has 2"):
+    with pytest.raises(InputError, match="the budget misses 'model.layers.1.mlp', which is a site.*each of its 2 sites"):
         keep(measured, "stt", Budget(counts={"model.layers.0.mlp": 3}))
+    with pytest.raises(InputError, match="the budget names 'elsewhere', which is no site of this model"):
+        keep(measured, "stt", Budget(counts=dict.fromkeys(measured.sites, 3) | {"elsewhere": 3}))
 
 
 @pytest.mark.parametrize("size", [Budget(), Budget(0.05), Budget(keep_ratio=0.3), Budget(keep_ratio=0.01)])

@@ -3,7 +3,9 @@ units go back into exactly their rows and columns of the dense model."""
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -169,6 +171,7 @@ def test_the_config_entry_is_exact(tmp_path: Path) -> None:
                              "sites": {"model.layers.0.mlp": [10, NEURONS], "model.layers.1.mlp": [11, NEURONS]}}
     assert config["intermediate_size"] == NEURONS
     assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["dtype"] == "float32"
     weights = load_file(tmp_path / "model/model.safetensors")
     assert weights["model.layers.1.mlp.down_proj.weight"].shape == (tiny.HIDDEN, 11)
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == \
@@ -221,11 +224,24 @@ def test_a_checkpoint_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.Monk
     save(first, tmp_path / "model")  # an empty folder is free
     save(second, tmp_path / "model")
     assert_same(load(tmp_path / "model"), second)
-    monkeypatch.setattr(Selection, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        save(first, tmp_path / "model")
-    assert_same(load(tmp_path / "model"), second)
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    for owner, name, after in [(Selection, "save", 0), (os, "replace", 1), (os, "replace", 2)]:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, failing_after(after, getattr(owner, name)))
+            with pytest.raises(OSError, match="disk full"):
+                save(first, tmp_path / "model")
+        assert_same(load(tmp_path / "model"), second)
+        assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def failing_after(calls: int, function: Callable) -> Callable:
+    """`function`, but its call number `calls` (from 0) fails."""
+    count = itertools.count()
+
+    def fail_once(*args: object) -> object:
+        if next(count) == calls:
+            raise OSError("disk full")
+        return function(*args)
+    return fail_once
 
 
 def test_nothing_else_is_ever_replaced(tmp_path: Path) -> None:
@@ -427,12 +443,14 @@ def test_an_untied_head_goes_back_without_touching_the_embedding() -> None:
 def test_restore_refuses_other_models_and_changes_nothing() -> None:
     model, _ = sliced_tiny("bert")
     larger_head = tiny._text("BertForSequenceClassification", **tiny.ENCODER | {"num_labels": 5})[0]
+    with_biases, _ = tiny._text("LlamaForCausalLM", **tiny.GQA, attention_bias=True)
     adapted, _ = sliced_tiny("bert")
     add_stt_lora(adapted, 2, 4, 0.0)
     bert = tiny.build("bert")[0]
     for source, target, message in [(model, tiny.build("electra")[0], "made for another model"),
                                     (model, sliced_tiny("bert")[0], "made for another model"),
                                     (model, larger_head, r"'classifier.weight'.*\(3, 32\), expected \(5, 32\)"),
+                                    (sliced_tiny("llama")[0], with_biases, "self_attn.*bias' of the dense model"),
                                     (adapted, bert, "merge LoRA"), (bert, bert, "is not sliced")]:
         before = {key: value.clone() for key, value in target.state_dict().items()}
         with pytest.raises(InputError, match=message):

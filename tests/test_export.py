@@ -21,6 +21,7 @@ import stt
 from stt import export
 from stt.errors import InputError
 from stt.export import export_dense, export_hf
+from stt.sites import find_sites
 from stt.surgery import train_only
 
 NO_CONFIG_ENTRY = {"bloom": "128 to 11",  # 4 x hidden, in code
@@ -144,6 +145,22 @@ def test_an_unset_width_is_set(tmp_path: Path) -> None:
     assert_close_outputs(plain, model, batch)
 
 
+def test_ratios_give_exactly_the_width() -> None:
+    """A model makes its width as int(hidden * ratio): 49 * (1 / 49) is less than 1."""
+    for hidden in range(1, 80):
+        for width in range(1, 4 * hidden):
+            (ratio, widths), *whole = export._ratios(4, {hidden}, {4 * hidden: width})
+            assert int(hidden * ratio) == widths[4 * hidden] == width
+            assert all(int(hidden * ratio) == widths[4 * hidden] >= width for ratio, widths in whole)
+
+
+def test_a_whole_ratio_that_cannot_shrink_is_refused(tmp_path: Path) -> None:
+    model, _ = tiny.build("dinov2")
+    stt.apply(model, {name: range(40) for name in find_sites(model)})
+    with pytest.raises(InputError, match=r"no config entry .*64 to 40\)"):
+        export_hf(saved(model, tmp_path), tmp_path / "hf")
+
+
 def test_a_width_in_a_nested_config_is_found(tmp_path: Path) -> None:
     text = {key: tiny.GQA[key] for key in tiny.GQA if not key.startswith("pad")} | {"head_dim": 8}
     vision = tiny.VIT | {"intermediate_size": NEURONS + 9}
@@ -171,6 +188,7 @@ def test_exported_dtype_holds_every_value(trained: bool, dtype: torch.dtype, tmp
     export_hf(saved(model, tmp_path), tmp_path / "hf")
     plain = type(model).from_pretrained(tmp_path / "hf")
     assert {p.dtype for p in plain.parameters()} == {dtype}
+    assert ("lm_head.weight" in load_file(tmp_path / "hf/model.safetensors")) is trained
     assert (plain.lm_head.weight is plain.model.embed_tokens.weight) is not trained
     assert_close_outputs(plain.float(), model.float(), batch)
 

@@ -243,6 +243,14 @@ def test_two_steps_run_and_repeat(script, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
+@pytest.mark.slow
+def test_the_first_steps_are_those_of_the_shipped_run(script, tmp_path):
+    """The warm-up hides the number of steps, so 20 of them must give the first loss that the shipped run recorded."""
+    assert script.main(["--out", str(tmp_path), "--steps", "20"]) == 0
+    repeated, shipped = (json.loads((folder / "pretraining.json").read_text()) for folder in (tmp_path, MODEL))
+    assert repeated["loss_curve"][0]["loss"] == pytest.approx(shipped["loss_curve"][0]["loss"], abs=2e-3)
+
+
 @pytest.mark.parametrize(("flags", "message"), [
     (["--steps", "0"], "--steps must be from 1"),
     (["--hidden", "20"], "multiple of 8"),

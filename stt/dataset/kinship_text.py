@@ -84,7 +84,7 @@ def story(names: list[str], genders: list[str], chain: Chain, rng: random.Random
 
 # ------------------------------------------------------------------------------------------------- pre-training text
 
-SHARES = {"facts": 0.50, "chains": 0.10, "rules": 0.20, "general": 0.20}  # of the documents, not of the tokens
+SHARES = {"facts": 0.45, "chains": 0.10, "rules": 0.15, "general": 0.30}  # of the documents, not of the tokens
 ASIDES = (  # says again that y is x's r; none of them is the wording of the task's prompt
     "Who is {X}'s {r}? {Y}.",
     '{X} calls {Y} "{r}".',

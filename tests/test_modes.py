@@ -1,0 +1,106 @@
+"""Modes: what they keep, what they train, and that merging adapters changes nothing."""
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_text import build_decoder
+
+from stt import modes
+from stt.errors import InputError
+from stt.selecting import Budget
+from stt.surgery import head_parameters
+
+BATCHES = list(torch.randint(3, 60, (3, 2, 9), generator=torch.Generator().manual_seed(1)))
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def prepared(name: str, **changes):
+    """(mode, model ready to train, selection, names of what trains)"""
+    mode, model = modes.find(name), build_decoder(vocabulary=60)
+    selection = None
+    if mode.score:
+        selection, _ = modes.select_units(mode, model, BATCHES, None, Budget(0.3), 0.01, seed=0)
+    settings = {"lora": modes.Lora(r=4, dropout=0.0), "head": "train", **changes}
+    return mode, model, selection, modes.prepare(mode, model, selection, **settings)
+
+
+def test_unknown_mode():
+    with pytest.raises(InputError, match="Did you mean 'baseline'"):
+        modes.find("basline")
+
+
+@pytest.mark.parametrize("name", modes.MODES)
+def test_what_trains(name):
+    """By module kind, from the names alone."""
+    mode, model, _, trained = prepared(name)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(trained)
+    heads = set(head_parameters(model))
+    body = set(trained) - heads
+    assert heads <= set(trained)
+    if mode.trains == "everything":
+        assert set(trained) == {n for n, _ in model.named_parameters()}
+    elif mode.trains == "kept":
+        assert body == {n for n, _ in model.named_parameters() if ".mlp." in n}
+    else:
+        assert all("lora_" in n for n in body)
+        places = ("gate_proj", "up_proj", "down_proj", *(() if mode.score else ATTENTION))
+        assert len(body) == 2 * 2 * len(places)  # layers x (A, B) x projections
+        assert all(any(place in n for n in body) for place in places)
+
+
+@pytest.mark.parametrize("name", modes.MODES)
+def test_a_frozen_head_trains_nothing_of_it(name):
+    _, model, _, trained = prepared(name, head="freeze")
+    assert trained
+    assert not set(trained) & set(head_parameters(model))
+
+
+@pytest.mark.parametrize("name", ["stt", "stt_lora"])
+def test_tune_attn_adds_the_attention(name):
+    _, _, _, without = prepared(name)
+    _, model, _, trained = prepared(name, tune_attn=True)
+    expected = {n for n, _ in model.named_parameters() if any(f".{place}." in n for place in ATTENTION)}
+    assert set(trained) - set(without) == expected
+    assert expected
+
+
+def test_budgets_are_equal_and_the_random_one_depends_on_the_seed():
+    kept = {}
+    for name, mode in modes.MODES.items():
+        if mode.score:
+            for seed in (0, 1):
+                selection, _ = modes.select_units(mode, build_decoder(60), BATCHES, None, Budget(0.3), 0.01, seed)
+                kept[name, seed] = selection
+    sizes = {key: [len(ids) for ids in selection.values()] for key, selection in kept.items()}
+    assert all(size == sizes["stt", 0] for size in sizes.values())
+    assert kept["stt", 0] == kept["stt", 1]
+    assert kept["random", 0] != kept["random", 1]
+
+
+@pytest.mark.parametrize("name", ["lora", "stt_lora"])
+def test_merged_equals_unmerged(name):
+    _, model, _, trained = prepared(name)
+    before = build_decoder(60).double()(BATCHES[0]).logits
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name in trained and "lora_" in parameter_name:
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) / 4)
+    model = model.double().eval()
+    unmerged = model(BATCHES[0]).logits
+    assert modes.merge_adapters(model) == (14 if name == "lora" else 6)
+    assert not [n for n, _ in model.named_parameters() if "lora_" in n]
+    merged = model(BATCHES[0]).logits
+    torch.testing.assert_close(merged, unmerged, rtol=0, atol=1e-12)
+    assert (merged - before).abs().max() > 1e-2  # the adapters did something
+
+
+def test_partial_models_are_refused_unless_told():
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    model = Qwen2MoeForCausalLM(Qwen2MoeConfig(
+        hidden_size=16, intermediate_size=24, moe_intermediate_size=8, shared_expert_intermediate_size=24,
+        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, num_experts=2, num_experts_per_tok=1,
+        vocab_size=30, bos_token_id=None, eos_token_id=None, pad_token_id=None))
+    with pytest.raises(InputError, match="only a part of Qwen2MoeForCausalLM can be sliced: .*experts"):
+        modes.check_sites(model, "refuse")
+    modes.check_sites(model, "ok")
