@@ -26,20 +26,26 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("stt.train_llm")
 
+GPU_MULTIPLE = 128  # kept neurons of a site are padded to a multiple of this for inference on a GPU
 DEV_SHARE = 0.1  # of the training data, held out by --dev_mode
 MAY_CHANGE = ("resume", "overwrite", "eval_batch", "eval_restored", "log_interval", "output_dir", "ppl_text",
               "use_wandb", "wandb_project", "wandb_entity", "wandb_run_name")  # between a run and its resumption
 
 
 def main(args: LLMArgs) -> int:
+    import transformers
+
     from stt import modes, report
     from stt.dataset import encode_all
     from stt.evaluate.llm import Judge
     from stt.loading import compute_dtype, load_model, load_tokenizer
-    from stt.surgery import count_parameters
+    from stt.surgery import count_parameters, pad_sites
     from stt.trainers.sft import train, training_arguments
     from util.clock import Clock
     from util.utils import RunFolder, git_commit, peak_memory_bytes, pick_device, set_seed, versions
+
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
 
     # ---------------------------------------------------------------- everything that can be wrong, before any write
     args, device, clock = resolved(args), pick_device(), Clock()
@@ -81,6 +87,7 @@ def main(args: LLMArgs) -> int:
     with clock.lap("evaluation"):
         modes.merge_adapters(model)
         parameters |= {"kept": count_parameters(model)["total"], "kept_fraction_of_units": kept_fraction(selection)}
+        pad_sites(model, GPU_MULTIPLE if device.type == "cuda" else 1)
         accuracy = judge.test(model, run.path)
         perplexity["trained"] = judge.perplexity(model)
         throughput = judge.throughput(model, is_sliced=selection is not None)
@@ -92,8 +99,9 @@ def main(args: LLMArgs) -> int:
     results = {
         "recipe": "train_llm", "mode": args.mode, "model": args.model, "task": args.task, "seed": args.seed,
         "head": args.head, "dev_mode": args.dev_mode, "accuracy": accuracy, "perplexity": perplexity,
-        "parameters": parameters, "flops": flops, "throughput": throughput, "peak_memory_bytes": peak, "seconds": clock.seconds(),
-        "sites": sites, "versions": versions(), "git_commit": git_commit(), "device": str(device)}
+        "parameters": parameters, "flops": flops, "throughput": throughput, "peak_memory_bytes": peak,
+        "seconds": clock.seconds(), "sites": sites, "versions": versions(), "git_commit": git_commit(),
+        "device": str(device)}
     report.write_report(run.path, results)
     run.finish(results)
     print("\n".join([*report.summary_lines(results), f"report: {run.path / 'report.html'}"]))

@@ -9,9 +9,9 @@ from __future__ import annotations
 import importlib
 
 _HOME = {"select": "selecting", "apply": "stt_transformer", "train_only": "surgery", "save": "checkpoint",
-         "load": "checkpoint", "find_sites": "sites", "Selection": "selection", "STTTracker": "stt_tracker",
-         "STTTransformer": "stt_transformer", "STTLinear": "mlps.stt_linear", "STTLoraLinear": "stt_lora",
-         "InputError": "errors"}
+         "load": "checkpoint", "restore": "checkpoint", "find_sites": "sites", "Selection": "selection",
+         "STTTracker": "stt_tracker", "STTTransformer": "stt_transformer", "STTLinear": "mlps.stt_linear",
+         "STTLoraLinear": "stt_lora", "InputError": "errors"}
 
 __all__ = list(_HOME)
 __version__ = "0.1.0"

@@ -153,7 +153,7 @@ def _summed_loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         raise InputError("this score needs gradients, so every calibration batch needs `labels`")
     outputs = model(**inputs)
     if "logits" not in outputs:
-        raise InputError(f"this score needs gradients of a loss, and {type(model).__name__} has no task head to make one: "
+        raise InputError(f"this score needs gradients of a loss, and {type(model).__name__} has no task head for one: "
                          "load the model with its head, or choose another score")
     logits = outputs.logits.float()
     if is_causal:
@@ -261,7 +261,8 @@ def _tokenized(texts: list[str], tokenizer: PreTrainedTokenizerBase | None) -> M
 
 def _described(batch: object) -> str:
     if isinstance(batch, Mapping):
-        return "a mapping of " + (", ".join(f"{name} ({type(value).__name__})" for name, value in batch.items()) or "nothing")
+        held = [f"{name} ({type(value).__name__})" for name, value in batch.items()]
+        return f"a mapping of {', '.join(held) or 'nothing'}"
     inside = f" of {type(batch[0]).__name__}" if isinstance(batch, list | tuple) and batch else ""
     return f"{type(batch).__name__}{inside}"
 

@@ -109,7 +109,8 @@ def _bars(rows: Sequence[Row], head: str) -> tuple[list[plots.Bar], float]:
 def _comparison_table(title: str, rows: Sequence[Row]) -> str:
     policies = _policies(rows)
     head = ("mode", "seeds", *(f"test accuracy, head {HEADS[policy]}" for policy in policies), "trained",
-            "without head", "neurons kept", "perplexity sliced", "perplexity trained", "training FLOPs", "training time")
+            "without head", "neurons kept", "perplexity sliced", "perplexity trained", "training FLOPs",
+            "training time")
     cells = [_cells(row, label, policies) for row, label in zip(rows, _labels(rows), strict=True)]
     dense, majority = ([value for row in rows for value in row.numbers(policies[0], *keys)]
                        for keys in (("perplexity", "dense"), ("accuracy", "majority")))

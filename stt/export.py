@@ -80,7 +80,7 @@ def export_hf(directory: str | Path, out: str | Path, multiple_of: int = 1,
             raise InputError(f"the exported {type(plain).__name__} differs from the sliced one by {error:.1e} of its "
                              "largest output, so nothing was written: export with --to dense, or load the checkpoint "
                              "with stt.load")
-    logger.info("exported %s with width %s to %s (outputs equal to %.0e)", type(plain).__name__,
+    logger.info("exported %s with width %s to %s (outputs differ by %.0e of the largest)", type(plain).__name__,
                 ", ".join(str(width) for width in widths.values()), out, error)
     return out
 

@@ -38,7 +38,7 @@ def load_model(name: str, autocast_dtype: torch.dtype | None, device: torch.devi
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; its end token pads where it has no padding token. Raises InputError if there is none."""
+    """The tokenizer of a model; its end token pads if it has no padding token. Raises InputError if there is none."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:

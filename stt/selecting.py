@@ -84,8 +84,9 @@ def keep(measured: Measured, method: str, size: Budget) -> Selection:
     if size.counts is not None:
         for name in sorted(size.counts.keys() ^ measured.sites.keys()):
             is_extra = name in size.counts
-            raise InputError(f"the budget {'names' if is_extra else 'misses'} {name!r}, which is {'no' if is_extra else 'a'} "
-                             f"site of this model: give the number of units of each of its {len(measured.sites)} sites")
+            wrong = f"names {name!r}, which is no" if is_extra else f"misses {name!r}, which is a"
+            raise InputError(f"the budget {wrong} site of this model: "
+                             f"give the number of units of each of its {len(measured.sites)} sites")
     units = {site: _kept([measured.scores[name][site] for name in scores_of(method)], size, site)
              for site in measured.sites}
     meta = {"method": method, "topk_ratio": size.topk_ratio, "keep_ratio": size.keep_ratio, **measured.options,

@@ -97,12 +97,14 @@ class Selection(Mapping[str, Tensor]):
         try:
             with safe_open(path, "pt") as file:
                 meta = (file.metadata() or {}).get("stt")
-                units = {site: file.get_tensor(site) for site in file.keys()}
+                units = {site: file.get_tensor(site) for site in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise InputError(f"{path} is not a readable safetensors file ({error}): make the selection again") from error
+            raise InputError(f"{path} is not a readable safetensors file ({error}): "
+                             "make the selection again") from error
         meta = _parsed(meta)
         if meta is None:
-            raise InputError(f"{path} is a safetensors file but not a selection: give the selection.safetensors of a run")
+            raise InputError(f"{path} is a safetensors file but not a selection: "
+                             "give the selection.safetensors of a run")
         if meta["format_version"] > FORMAT_VERSION:
             raise InputError(f"{path} has format {meta['format_version']}, this version reads up to {FORMAT_VERSION}: "
                              "update stt")

@@ -239,7 +239,7 @@ def _decode(x: Tensor, feeding: list[Tensor]) -> tuple[list[Tensor], tuple[int, 
             if reached is None:
                 return "mixes neurons (a norm or another projection stands between)"
             channels.append(reached)
-    per_unit = [c.view(-1, width).T.contiguous() if len(c) > width else c.unsqueeze(1) for c in _by_unit(channels, width)]
+    per_unit = [c.view(-1, width).T.contiguous() for c in _by_unit(channels, width)]
     if not all(_is_in_order(c) for c in per_unit):
         return "the neurons change places between the projections"
     return per_unit, _gate(rows[-1].detach(), per_unit, signed)
@@ -305,8 +305,9 @@ def _main_families(model: nn.Module, sites: list[Site]) -> tuple[list[Site], lis
     largest = max((size(site) for site in repeated), default=0)
     main = [site for site in repeated if size(site) * 4 >= largest]
     kept = {site.name for site in main}
-    return main, [LeftOut(site.name, "outside the repeated layers" if site not in repeated else "a small side block", False)
-                  for site in sites if site.name not in kept]
+    side = [(site.name, "a small side block" if site in repeated else "outside the repeated layers")
+            for site in sites if site.name not in kept]
+    return main, [LeftOut(name, reason, is_loss=False) for name, reason in side]
 
 
 def _unseen(model: nn.Module, sources: list[Source]) -> list[LeftOut]:
@@ -318,5 +319,6 @@ def _unseen(model: nn.Module, sources: list[Source]) -> list[LeftOut]:
             entries.append(LeftOut(name, "never called by the dummy input (an idle expert or an unused tower)", True))
         for parameter, value in module.named_parameters(recurse=False):
             if value.ndim == 3 and min(value.shape) > 1 and not isinstance(module, nn.modules.conv._ConvNd):
-                entries.append(LeftOut(f"{name}.{parameter}", "stacked experts (mixture of experts) are not supported", True))
+                reason = "stacked experts (mixture of experts) are not supported"
+                entries.append(LeftOut(f"{name}.{parameter}", reason, is_loss=True))
     return entries

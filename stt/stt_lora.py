@@ -25,7 +25,8 @@ class STTLoraLinear(nn.Module):
                  merge_weights: bool = False):
         super().__init__()
         if not isinstance(stt_linear, STTLinear):
-            raise InputError(f"STTLoraLinear adapts an STTLinear, got {type(stt_linear).__name__}: slice the model first")
+            raise InputError(f"STTLoraLinear adapts an STTLinear, got {type(stt_linear).__name__}: slice the model "
+                             "first")
         if r < 1 or not 0 <= lora_dropout < 1:
             raise InputError(f"r must be at least 1 and lora_dropout in [0, 1), got {r} and {lora_dropout}")
         self.stt_linear = stt_linear.requires_grad_(False)

@@ -24,8 +24,9 @@ class STTTransformer:
     ids. Everything is checked before the first change. Scatter mode unless `inference_time`, as published.
     """
 
-    def __init__(self, model: nn.Module, active_neurons: Mapping[str, Ids], layer_name_map: Mapping[str, str] | None = None,
-                 device: torch.device | str | None = None, verbose: bool = False, inference_time: bool = False):
+    def __init__(self, model: nn.Module, active_neurons: Mapping[str, Ids],
+                 layer_name_map: Mapping[str, str] | None = None, device: torch.device | str | None = None,
+                 verbose: bool = False, inference_time: bool = False):
         self.model = model if device is None else model.to(device)
         self.inference_time = inference_time
         self.verbose = verbose
@@ -34,8 +35,10 @@ class STTTransformer:
         self._dense_parameters = sum(p.numel() for p in model.parameters())
 
     def transform(self) -> nn.Module:
-        """The model itself, sliced. The selection stays on it as `model.stt_selection`, the widths in its config. Raises
-        InputError if it is sliced already: its units would no longer be those of the dense model."""
+        """The model itself, sliced. The selection stays on it as `model.stt_selection`, the widths in its config.
+
+        Raises InputError if it is sliced already: its units would no longer be those of the dense model.
+        """
         if any(isinstance(module, STTLinear) for module in self.model.modules()):
             raise InputError("the model is sliced already: apply a selection to the dense model")
         plan = [(self.sites[name], self._layers(self.sites[name], ids)) for name, ids in self.selection.items()]
@@ -44,8 +47,8 @@ class STTTransformer:
                 replace_module(self.model, member.module, layer)
             SiteLayout(layers)
         self.model.stt_selection = self.selection
-        self.model.config.stt = {"format_version": FORMAT_VERSION,
-                                 "sites": {name: [len(ids), self.sites[name].width] for name, ids in self.selection.items()}}
+        sizes = {name: [len(ids), self.sites[name].width] for name, ids in self.selection.items()}
+        self.model.config.stt = {"format_version": FORMAT_VERSION, "sites": sizes}
         if self.verbose:
             stats = self.get_parameter_stats()
             logger.info("sliced %d sites: %.1f %% of their neurons kept, %.1f %% of the model's parameters removed",
@@ -57,7 +60,8 @@ class STTTransformer:
         now = sum(p.numel() for p in self.model.parameters())
         units = sum(self.sites[name].width for name in self.selection)
         kept = sum(len(ids) for ids in self.selection.values())
-        return {"original_parameters": self._dense_parameters, "parameters": now, "kept_fraction_of_units": kept / units,
+        return {"original_parameters": self._dense_parameters, "parameters": now,
+                "kept_fraction_of_units": kept / units,
                 "overall_model_reduction_perc": 100 * (1 - now / self._dense_parameters)}
 
     def get_transformed_mlp_blocks(self) -> dict[str, nn.Module]:
@@ -123,4 +127,5 @@ def selection_for(sites: Sites, given: Mapping[str, Ids], layer_name_map: Mappin
             raise InputError(f"the selection keeps no unit of {site}: keep at least one, or leave the site out")
         units[site] = ids
     ordered = {name: units[name] for name in sites if name in units}
-    return Selection(ordered, {**meta, "widths": {name: sites[name].width for name in sites}, "fingerprint": fingerprint})
+    widths = {name: site.width for name, site in sites.items()}
+    return Selection(ordered, {**meta, "widths": widths, "fingerprint": fingerprint})

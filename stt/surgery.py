@@ -1,6 +1,7 @@
 """Changing a model: replace a module, choose what trains, count parameters."""
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 
 import torch
@@ -8,6 +9,8 @@ from torch import nn
 
 from stt.errors import InputError, unknown_name
 from stt.mlps.stt_linear import STTLinear
+
+logger = logging.getLogger(__name__)
 
 HEADS = ("train", "freeze", "untie")
 
@@ -50,8 +53,8 @@ def train_only(model: nn.Module, parameters: Iterable[str] | None = None, head: 
 
     `head`: "train", "freeze", or "untie" (train a copy of a tied head). Trained parameters become float32, frozen ones
     keep their dtype: bf16 weights hardly move at fine-tuning learning rates. Run a half-precision model under autocast.
-    Raises InputError, before anything changes, for an unknown name or policy, or if nothing (by default: nothing but the
-    head) would train.
+    Raises InputError, before anything changes, for an unknown name or policy, or if nothing (by default: nothing but
+    the head) would train.
     """
     if head not in HEADS:
         raise unknown_name("head policy", head, HEADS)
@@ -63,6 +66,9 @@ def train_only(model: nn.Module, parameters: Iterable[str] | None = None, head: 
                          "parameters")
     if head == "untie":
         untie_head(model)
+    if head == "train" and head_is_tied(model):
+        logger.info("the head is tied to the input embedding: training it trains both, %s weights",
+                    f"{model.get_input_embeddings().weight.numel():,}")
     if head != "freeze":
         chosen |= head_parameters(model).keys()
     known = dict(model.named_parameters())
@@ -77,6 +83,13 @@ def sliced_parameters(model: nn.Module) -> list[str]:
     """Names of all parameters of STTLinear layers."""
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, STTLinear)]
     return [f"{name}.{parameter}" for name, module in layers for parameter, _ in module.named_parameters(recurse=False)]
+
+
+def pad_sites(model: nn.Module, multiple: int) -> None:
+    """Pad every sliced site with exact zeros to a multiple of `multiple` kept units; 1 takes the padding away."""
+    for module in model.modules():
+        if isinstance(module, STTLinear):
+            module.pad_weights(multiple)
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

@@ -51,6 +51,8 @@ class ExportArgs:
     """hf: still narrow, loads without stt; dense: its trained neurons written back into the original model"""
     out: str
     """folder to write"""
+    multiple_of: int = 1
+    """round the width up to a multiple of this, for --to hf; 128 suits a GPU"""
     base: str | None = None
     """the original model, for --to dense; None = the one the sliced model was made from"""
 
@@ -82,7 +84,7 @@ def export(args: ExportArgs) -> None:
     from stt.export import export_dense, export_hf
 
     if args.to == "hf":
-        export_hf(args.dir, args.out)
+        export_hf(args.dir, args.out, args.multiple_of)
     else:
         export_dense(args.dir, args.out, args.base)
     sys.stdout.write(f"{args.out}\n")

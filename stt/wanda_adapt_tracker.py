@@ -25,8 +25,10 @@ class WandaAdaptTracker(Tracker):
         self.options = {"wanda": {"norm": norm}}
 
     def get_wanda_indices(self, dataloader: Iterable[Batch], scan_batches: int | None = None) -> Selection:
-        """The best neurons of every site, measured on the first `scan_batches` batches (None: on all). Raises InputError
-        for fewer than one."""
+        """The best neurons of every site, measured on the first `scan_batches` batches (None: on all).
+
+        Raises InputError for fewer than one.
+        """
         if scan_batches is not None and scan_batches < 1:
             raise InputError(f"scan_batches must be at least 1 or None for all, got {scan_batches}")
         return self.get_active_indices(islice(batched(dataloader), scan_batches))

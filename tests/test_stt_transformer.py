@@ -325,6 +325,7 @@ def test_bf16_autocast_with_float32_trained_weights(compact: bool) -> None:
         assert parameter.grad is None or (parameter.grad.dtype == torch.float32 and parameter.grad.abs().sum() > 0)
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # of peft
 @pytest.mark.parametrize("name", FEW)
 def test_peft_sees_ordinary_linears(name: str) -> None:
     model, batch = tiny.build(name)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_llm
-from stt import cli, modes
+from stt import cli, modes, verbs
 from stt.arguments import CHECKOUT, LLMArgs
 from stt.checkpoint import load
 from stt.selection import Selection
@@ -93,6 +93,22 @@ def test_frozen_head_stays(small, tmp_path):
     assert torch.equal(trained["model.embed_tokens.weight"], dense["model.embed_tokens.weight"])
     assert not torch.equal(trained["model.norm.weight"], dense["model.norm.weight"])
     assert results(tmp_path)["parameters"]["trained"] == results(tmp_path)["parameters"]["trained_without_head"]
+
+
+def test_the_checkpoint_exports(small, tmp_path):
+    """`stt export` of a run: to hf it answers as the run's model does, to dense it is the dense model's size again."""
+    from transformers import AutoModelForCausalLM
+
+    assert run(small, tmp_path, "--mode", "stt", "--num_epoch", "1", "--no_eval_epochs") == 0
+    checkpoint = str(tmp_path / "run" / "checkpoint")
+    for kind in ("hf", "dense"):
+        assert verbs.main(["export", checkpoint, "--to", kind, "--out", str(tmp_path / kind)]) == 0
+    ids = torch.arange(3, 13).unsqueeze(0)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    torch.testing.assert_close(plain(ids).logits, load(checkpoint)(ids).logits, rtol=0, atol=1e-4)
+    assert (tmp_path / "hf" / "tokenizer.json").is_file()
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert sum(p.numel() for p in dense.parameters()) == results(tmp_path)["parameters"]["dense"]
 
 
 def test_restored_neurons(small, tmp_path):

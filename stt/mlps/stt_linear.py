@@ -1,9 +1,9 @@
 """STTLinear: a linear layer that holds only the rows or columns of the kept neurons.
 
-To everything else it is an ordinary narrow nn.Linear. A site's layers share one `SiteLayout`, and only that decides what
-flows between them: in *scatter* mode full-width activations (dropped neurons are zeros), in *compact* mode kept neurons
-only, padded with zeros to a multiple if asked. Both are mathematically equal, because the down projection reads nothing
-but kept neurons; the neurons are removed in both.
+To everything else it is an ordinary narrow nn.Linear. A site's layers share one `SiteLayout`, and only that decides
+what flows between them: in *scatter* mode full-width activations (dropped neurons are zeros), in *compact* mode kept
+neurons only, padded with zeros to a multiple if asked. Both are mathematically equal, because the down projection reads
+nothing but kept neurons; the neurons are removed in both.
 
 Shapes: `original` = width of the dense layer, K = kept, P >= K = padded width of the weight.
 """
@@ -66,7 +66,7 @@ class STTLinear(nn.Linear):
         self.register_buffer("out_indices", _on(device, outputs), persistent=False)
         self.asks_compact = self.is_compact = inference_time
         self.is_adapted = False  # a LoRA is attached
-        self.blocks = self.interleaved = 1  # of a fused gate-up layer: [gates, ups] is 2 blocks, gate-up pairs are 2 deep
+        self.blocks = self.interleaved = 1  # of a fused gate-up layer: [gates, ups] is 2 blocks, pairs are 2 deep
         SiteLayout([self])
 
     @classmethod
