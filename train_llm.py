@@ -5,7 +5,6 @@ Without arguments: models/stt-tiny on the shipped CLUTRR data, offline. `python 
 """
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from dataclasses import asdict
@@ -23,22 +22,25 @@ if TYPE_CHECKING:
     from stt.evaluate.llm import Judge
     from stt.modes import Mode
     from stt.selection import Selection
+    from util.sinks import Sink
 
 logger = logging.getLogger("stt.train_llm")
 
+SELECTION = "selection.safetensors"
 GPU_MULTIPLE = 128  # kept neurons of a site are padded to a multiple of this for inference on a GPU
 DEV_SHARE = 0.1  # of the training data, held out by --dev_mode
-MAY_CHANGE = ("resume", "overwrite", "eval_batch", "eval_restored", "log_interval", "output_dir", "ppl_text",
+MAY_CHANGE = ("resume", "overwrite", "eval_restored", "log_interval", "output_dir", "ppl_text",
               "use_wandb", "wandb_project", "wandb_entity", "wandb_run_name")  # between a run and its resumption
 
 
 def main(args: LLMArgs) -> int:
+    """One run, from the flags to the report; 0. Raises InputError before anything is written, TrainingFailed later."""
     import transformers
 
     from stt import modes, report
     from stt.dataset import encode_all
     from stt.evaluate.llm import Judge
-    from stt.loading import compute_dtype, load_model, load_tokenizer
+    from stt.loading import check_decoder, compute_dtype, load_model, load_tokenizer
     from stt.surgery import count_parameters, pad_sites
     from stt.trainers.sft import train, training_arguments
     from util.clock import Clock
@@ -56,36 +58,41 @@ def main(args: LLMArgs) -> int:
     task, tokenizer = load_data(args), load_tokenizer(args.model)
     encoded, _ = encode_all(task.train, tokenizer, args.max_length, args.apply_chat_template)
     autocast_dtype = compute_dtype(args.precision, device)
-    judge = Judge(args.model, task, tokenizer, Path(args.ppl_text).read_text(encoding="utf-8"), args.eval_batch,
-                  args.max_length, args.apply_chat_template, autocast_dtype)
+    judge = Judge(args.model, task, tokenizer, read_text(args.ppl_text), args.eval_batch, args.max_length,
+                  args.apply_chat_template, autocast_dtype)
     model = load_model(args.model, autocast_dtype, device)
-    if mode.score:
-        modes.check_sites(model, args.partial)
-    run.start(asdict(args), wandb(args), step)
-
-    # ---------------------------------------------------------------- select
+    check_decoder(model, tokenizer)
+    judge.check_lengths(model, encoded)
     parameters = {"dense": count_parameters(model)["total"]}
     perplexity = {"dense": judge.perplexity(model)}
-    selection, sites, selection_flops = None, [], 0
+
+    # ---------------------------------------------------------------- select
+    selection, sites, flops = None, [], {}
     if mode.score:
+        modes.check_sites(model, args.partial)
         with clock.lap("selection"):
-            selection, sites, selection_flops = select(args, mode, model, judge, run.path)
+            selection, sites, flops["selection"] = select(args, mode, model, judge, run.path)
+    run.start(asdict(args), wandb(args), step)
+    if selection is not None:
+        selection.save(run.path / SELECTION)
+    clock.add("training", run.seconds)
 
     # ---------------------------------------------------------------- then train
     lora = modes.Lora(args.lora_r, args.lora_alpha, args.lora_dropout)
     modes.prepare(mode, model, selection, lora, args.head, args.tune_attn)
     parameters |= {name: count for name, count in count_parameters(model).items() if name != "total"}
     perplexity |= {"sliced": judge.perplexity(model)} if selection is not None else {}
-    flops = judge.flops(model, encoded, args.num_epoch * len(encoded), selection_flops)
+    flops["training"] = judge.training_flops(model, encoded, args.num_epoch)
     validate = (lambda: judge.accuracy(model, task.validation)) if args.eval_epochs else None
     with clock.lap("training"):
         train(model, encoded, tokenizer.pad_token_id, training_arguments(args, run.path, device, autocast_dtype),
-              run.log, validate, args.resume)
+              run.log, validate, args.resume, run.seconds)
     peak = peak_memory_bytes()
 
     # ---------------------------------------------------------------- measure
     with clock.lap("evaluation"):
         modes.merge_adapters(model)
+        flops["inference"] = judge.inference_flops(model)
         parameters |= {"kept": count_parameters(model)["total"], "kept_fraction_of_units": kept_fraction(selection)}
         pad_sites(model, GPU_MULTIPLE if device.type == "cuda" else 1)
         accuracy = judge.test(model, run.path)
@@ -113,7 +120,7 @@ def load_data(args: LLMArgs) -> Task:
     from stt.dataset import dev_split, limit, load_task
 
     task = load_task(args.task, args.data_dir)
-    return limit(dev_split(task, DEV_SHARE, args.seed) if args.dev_mode else task, args.train_size)
+    return limit(dev_split(task, DEV_SHARE, args.seed) if args.dev_mode else task, args.train_size, args.seed)
 
 
 def select(args: LLMArgs, mode: Mode, model: PreTrainedModel, judge: Judge,
@@ -132,37 +139,46 @@ def select(args: LLMArgs, mode: Mode, model: PreTrainedModel, judge: Judge,
     selection, composition = select_units(mode, model, batches, judge.tokenizer,
                                           Budget(args.topk_ratio, args.keep_ratio), args.active_threshold, args.seed,
                                           args.count_padding)
-    path = folder / "selection.safetensors"
-    if args.resume and Selection.load(path) != selection:
-        raise InputError(f"{path} is not what this run selects now: the model or the data changed; start again with "
-                         "--overwrite")
-    selection.save(path)
+    if args.resume and Selection.load(folder / SELECTION) != selection:
+        raise InputError(f"{folder / SELECTION} is not what this run selects now: the model or the data changed; start "
+                         "again with --overwrite")
     sites = [{"name": name, "width": selection.widths[name], "kept": len(ids), **composition.get(name, {})}
              for name, ids in selection.items()]
     return selection, sites, judge.selection_flops(model, rows)
 
 
 def kept_fraction(selection: Selection | None) -> float:
+    """Share of all units of all sites that are kept."""
     return 1.0 if selection is None else sum(map(len, selection.values())) / sum(selection.widths.values())
 
 
+def read_text(path: str) -> str:
+    """A text file. Raises InputError if it is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path} as UTF-8 text ({error}): give a text file") from error
+
+
 def ship(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, is_sliced: bool) -> None:
-    """The trained model and its tokenizer, for stt.load or plain from_pretrained."""
+    """The trained model and its tokenizer, for stt.load or plain from_pretrained; no value is rounded."""
     from stt import checkpoint
+    from stt.surgery import widest_dtype
 
     if is_sliced:
         checkpoint.save(model, folder, tokenizer)
     else:
-        model.save_pretrained(folder)
+        model.to(widest_dtype(model.parameters())).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
 def resumed_step(folder: Path, args: LLMArgs) -> int:
     """The step of the checkpoint to go on from. Raises InputError if the run was started with other flags."""
+    from stt.runs import read_json
     from stt.trainers.sft import last_checkpoint
 
     step = int(last_checkpoint(folder).rpartition("-")[2])
-    before = json.loads((folder / "args.json").read_text(encoding="utf-8"))["arguments"]
+    before = read_json(folder / "args.json")["arguments"]
     for name, value in asdict(args).items():
         if name not in MAY_CHANGE and before.get(name) != value:
             raise InputError(f"the run in {folder} was started with {name} {before.get(name)!r}, now it is {value!r}: "
@@ -170,7 +186,7 @@ def resumed_step(folder: Path, args: LLMArgs) -> int:
     return step
 
 
-def wandb(args: LLMArgs):
+def wandb(args: LLMArgs) -> Sink:
     """The W&B run if asked for, else nothing."""
     from util.sinks import NoSink, wandb_sink
 

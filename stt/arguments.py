@@ -73,7 +73,7 @@ class LLMArgs:
     train_batch: Annotated[int | None, _open("train_batch", "INT", "--batch_size")] = None
     """examples per forward pass"""
     eval_batch: int = 32
-    """examples per generated batch"""
+    """examples per batch wherever nothing is trained: generation, the selection pass, the measurement of speed"""
     num_epoch: Annotated[int | None, _open("num_epoch", "INT", "--num_epochs")] = None
     """passes over the training data"""
     train_size: int = 0

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from stt.errors import InputError
+from stt.mlps.stt_linear import STTLinear
 from stt.scores.base import Score, Seen
 from stt.sites import Site, Sites
 from stt.trace import evaluating
@@ -45,12 +46,17 @@ def calibrate(model: nn.Module, sites: Sites, scores: list[Score], batches: Iter
 
     A batch is a mapping of tensors (with `labels` for gradients), a tensor, a tuple (input, mask, ...) or a list of
     strings with a `tokenizer`; a plain list of strings is batched here. `count_padding` counts padding positions too,
-    as the published code does. Raises InputError for no batch at all, a batch without a usable tensor, or a gradient
-    asked for without labels.
+    as the published code does. Raises InputError for no batch at all, a batch without a usable tensor, a gradient
+    asked for without labels, or a model sliced in scatter mode.
     """
     needs = {need for score in scores for need in score.needs}
     shown = _Shown()
     if needs - {"weights"}:
+        for site in sites.values():
+            gate = model.get_submodule(site.gate_module)
+            if isinstance(gate, STTLinear) and not gate.is_compact:
+                raise InputError(f"{site.name} is sliced and in scatter mode: set `inference_time = True` on its "
+                                 "layers to measure its neurons")
         with _prepared(model, with_gradients="gradients" in needs):
             hidden = None if progress else True  # None: shown on a terminal
             for batch in tqdm(batched(batches), desc="measuring neurons", unit="batch", disable=hidden):

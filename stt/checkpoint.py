@@ -270,11 +270,16 @@ def check_free(path: Path) -> None:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A new folder beside `path` that takes its place when the block ends well and is removed when it fails."""
+    """A new folder beside `path` that takes its place when the block ends well and is removed when it fails.
+
+    Raises InputError where no folder can be made."""
     path = path.resolve()
     part, old = path.with_name(path.name + ".part"), path.with_name(path.name + ".old")
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    try:
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {path}: {error.strerror}; choose another folder") from None
     try:
         yield part
         if path.exists():

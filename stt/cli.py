@@ -26,7 +26,7 @@ from stt.errors import InputError, TrainingFailed, unknown_name
 Args = TypeVar("Args")
 TyroArg = type(tyro.conf.arg())  # the class behind tyro.conf.arg(aliases=...)
 
-ACCEPTED = {float: "a number", int: "a whole number", bool: "true or false"}
+ACCEPTED = {float: "a number", int: "a whole number", bool: "true or false", Path: "a path"}
 NOTHING = {"none", "null", "~", ""}
 TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
@@ -173,6 +173,8 @@ def _take_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
         if name != "--config":
             others.append(token)
             continue
+        if path is not None:
+            raise InputError("--config is given twice; give one file, the command line overrides it.")
         path = value or next(tokens, None)
         if path is None:
             raise InputError("--config needs a value: the path of a YAML file")

@@ -57,11 +57,15 @@ def compare(run_dirs: Sequence[str | Path], figure: str | Path | None = None) ->
     return "\n".join(_comparison_table(title, rows) for title, rows in tables.items())
 
 
+def split_name(results: Mapping[str, object]) -> str:
+    """What the accuracy was measured on: the test data, or what --dev_mode held out of the training data."""
+    return "held-out" if results.get("dev_mode") else "test"
+
+
 def _title(run: Run) -> str:
     results = run.results
-    split = "held-out" if results.get("dev_mode") else "test"
     return (f"{results['recipe']} · {results['task']} · {model_name(results['model'])} · "
-            f"{results['accuracy']['n']} {split} examples")
+            f"{results['accuracy']['n']} {split_name(results)} examples")
 
 
 def _policies(rows: Sequence[Row]) -> list[str]:
@@ -108,7 +112,8 @@ def _bars(rows: Sequence[Row], head: str) -> tuple[list[plots.Bar], float]:
 
 def _comparison_table(title: str, rows: Sequence[Row]) -> str:
     policies = _policies(rows)
-    head = ("mode", "seeds", *(f"test accuracy, head {HEADS[policy]}" for policy in policies), "trained",
+    split = split_name(rows[0].runs[0].results)
+    head = ("mode", "seeds", *(f"{split} accuracy, head {HEADS[policy]}" for policy in policies), "trained",
             "without head", "neurons kept", "perplexity sliced", "perplexity trained", "training FLOPs",
             "training time")
     cells = [_cells(row, label, policies) for row, label in zip(rows, _labels(rows), strict=True)]

@@ -18,8 +18,9 @@ class TrainingFailed(RuntimeError):
 
 
 def unknown_name(kind: str, given: str, known: Iterable[str]) -> InputError:
-    """The error for a name nobody knows: what was asked, the nearest name, the full list."""
+    """The error for a name nobody knows: what was asked, the nearest name whatever its case, the full list."""
     names = sorted(known)
-    nearest = difflib.get_close_matches(given, names, n=1)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    spelled = {name.lower(): name for name in names}
+    nearest = difflib.get_close_matches(given.lower(), spelled, n=1)
+    hint = f" Did you mean {spelled[nearest[0]]!r}?" if nearest else ""
     return InputError(f"unknown {kind} {given!r}.{hint} Choose one of: {', '.join(names)}.")

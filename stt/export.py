@@ -11,7 +11,7 @@ import itertools
 import logging
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -35,6 +35,7 @@ from stt.checkpoint import (
 from stt.errors import InputError
 from stt.mlps.stt_linear import STTLinear
 from stt.sites import find_sites
+from stt.surgery import widest_dtype
 from stt.trace import dummy_inputs
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ def export_hf(directory: str | Path, out: str | Path, multiple_of: int = 1,
     check_free(out)
     if not isinstance(multiple_of, int) or multiple_of < 1:
         raise InputError(f"multiple_of must be a whole number of at least 1, got {multiple_of}")
-    dtype = _widest_dtype(read_weights(directory).values())
+    dtype = widest_dtype(read_weights(directory).values())
     compute = torch.promote_types(dtype, torch.float32)
     sliced = load(directory, dtype=compute, example=example)
     inputs = dummy_inputs(sliced) if example is None else example
@@ -119,7 +120,7 @@ def _dense_model(sliced: PreTrainedModel, base: str | Path) -> PreTrainedModel:
     but no projection of a site: its dropped units would be random."""
     try:
         dense, info = type(sliced).from_pretrained(base, config=_without_entry(sliced.config), output_loading_info=True,
-                                                   dtype=_widest_dtype(sliced.parameters()))
+                                                   dtype=widest_dtype(sliced.parameters()))
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"cannot load the dense model {str(base)!r} ({reason}): give the model the checkpoint was "
@@ -263,11 +264,6 @@ def _without_entry(config: PreTrainedConfig) -> PreTrainedConfig:
     config = copy.deepcopy(config)
     del config.stt
     return config
-
-
-def _widest_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
-    """The floating dtype that holds every value of every tensor."""
-    return functools.reduce(torch.promote_types, {value.dtype for value in tensors if value.is_floating_point()})
 
 
 def _first_output(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -7,6 +7,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from stt.errors import InputError
+from stt.trace import evaluating
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype | None:
@@ -28,13 +29,34 @@ def load_model(name: str, autocast_dtype: torch.dtype | None, device: torch.devi
         config = AutoConfig.from_pretrained(name)
         if hasattr(config, "stt"):
             raise InputError(f"{name} is already sliced: give the dense model, or load it with stt.load")
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto" if autocast_dtype else torch.float32)
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        dtype = "auto" if autocast_dtype else torch.float32
+        model, loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        if loaded["missing_keys"]:
+            raise InputError(f"the weights of {name} lack {len(loaded['missing_keys'])} tensors of a "
+                             f"{type(model).__name__}, the first {min(loaded['missing_keys'])!r}: give its own weights")
+    except (OSError, RuntimeError, SafetensorError, ValueError, KeyError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"cannot load the model {name!r} ({_first_line(error)}): give a folder with config.json and "
                          "weights, or a hub id that can be reached") from error
     return model.to(device)
+
+
+def check_decoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises InputError for a model that is no decoder (a token sees later ones), whose vocabulary is smaller than the
+    tokenizer's, or whose weights give NaN."""
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise InputError(f"the tokenizer has {len(tokenizer)} tokens and the model {rows}: use those of one model")
+    ids = torch.arange(3, 9, device=model.device).view(1, -1) % rows  # (1, T)
+    changed = ids.clone()
+    changed[0, -1] = (ids[0, -1] + 1) % rows
+    with torch.no_grad(), evaluating(model):
+        logits, other = (model(input_ids=each).logits[:, :-1] for each in (ids, changed))
+    if not logits.isfinite().all():
+        raise InputError(f"the weights of this {type(model).__name__} give NaN or infinite outputs: give intact ones")
+    if not torch.allclose(logits, other, rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
+        raise InputError(f"{type(model).__name__} is no decoder (its tokens see later ones): give a causal model")
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

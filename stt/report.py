@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stt import plots
-from stt.comparison import HEADS, compare
+from stt.comparison import HEADS, compare, split_name
 from stt.runs import load_run
 from stt.words import amount, arrows, decimal, duration, listed, markdown_table, mebibytes, model_name, percent, wilson
 
@@ -54,8 +54,9 @@ def summary_lines(results: Mapping[str, object]) -> list[str]:
 def _summary(results: Mapping[str, object]) -> list[tuple[str, str]]:
     accuracy, parameters = results["accuracy"], results["parameters"]
     low, high = wilson(accuracy["correct"], accuracy["n"])
-    rows = [("test accuracy", f"{percent(accuracy['test'])} ({accuracy['correct']} of {accuracy['n']}; 95 % interval "
-             f"{percent(low)} to {percent(high)}; majority class {percent(accuracy['majority'])})")]
+    rows = [(f"{split_name(results)} accuracy",
+             f"{percent(accuracy['test'])} ({accuracy['correct']} of {accuracy['n']}; 95 % interval {percent(low)} to "
+             f"{percent(high)}; majority class {percent(accuracy['majority'])})")]
     if accuracy.get("restored") is not None:
         rows.append(("restored", f"{percent(accuracy['restored'])} with the removed neurons put back"))
     rows += [("parameters", f"{amount(parameters['dense'])} dense, {amount(parameters['kept'])} kept, "
@@ -156,7 +157,8 @@ th {{ color: #64748b; font-weight: 500; }} tr:last-child td {{ border-bottom: 0;
 
 def _html(title: str, sections: Sequence[Section], folder: Path, results: Mapping[str, object]) -> str:
     accuracy, parameters = results["accuracy"], results["parameters"]
-    cards = (("test accuracy", percent(accuracy["test"])), ("trained parameters", amount(parameters["trained"])),
+    cards = ((f"{split_name(results)} accuracy", percent(accuracy["test"])),
+             ("trained parameters", amount(parameters["trained"])),
              ("neurons kept", percent(parameters["kept_fraction_of_units"] if results["sites"] else 1.0)),
              ("training", duration(results["seconds"]["training"])))
     return PAGE.format(title=html.escape(title), colour=plots.MODE_COLOURS.get(results["mode"], plots.INK),

@@ -25,7 +25,7 @@ def load_run(run_dir: str | Path) -> Run:
         raise InputError(f"{folder} is not a run folder (it has no args.json); give the folder a recipe wrote.")
     if not (folder / "results.json").is_file():
         raise InputError(f"the run in {folder} is not complete (it has no results.json); finish it with --resume.")
-    arguments, results = _read_json(folder / "args.json"), _read_json(folder / "results.json")
+    arguments, results = read_json(folder / "args.json"), read_json(folder / "results.json")
     version = results.get("format_version")
     if version != FORMAT_VERSION:
         raise InputError(f"{folder}/results.json has format {version}, this release reads {FORMAT_VERSION}; "
@@ -33,8 +33,14 @@ def load_run(run_dir: str | Path) -> Run:
     return Run(folder, arguments.get("arguments", {}), results)
 
 
-def _read_json(path: Path) -> dict[str, object]:
+def read_json(path: str | Path) -> dict[str, object]:
+    """The JSON object in a file of a run folder. Raises InputError for a file that is missing, cut off or no object."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is not JSON ({error.msg} in line {error.lineno}); repeat the run.") from None
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; give the folder a recipe wrote.") from None
+    except ValueError as error:  # not JSON, or not even UTF-8
+        raise InputError(f"{path} is not JSON ({error}); repeat the run.") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} must hold a JSON object, got a {type(found).__name__}; repeat the run.")
+    return found

@@ -93,7 +93,7 @@ def keep(measured: Measured, method: str, size: Budget) -> Selection:
             "calibration": {"digest": measured.calibration.digest, "tokens": measured.calibration.tokens,
                             "examples": measured.calibration.examples},
             "widths": {site.name: site.width for site in measured.sites.values()},
-            "fingerprint": measured.sites.fingerprint(),
+            "fingerprint": measured.sites.fingerprint,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
     return Selection(units, meta)
 

@@ -112,12 +112,16 @@ class Selection(Mapping[str, Tensor]):
 
 
 def _parsed(meta: str | None) -> dict[str, object] | None:
-    """The metadata of a selection file; None if it is not one."""
+    """The metadata of a selection file; None if it is not one. What a newer version wrote is not looked into."""
     try:
         parsed = json.loads(meta or "")
     except json.JSONDecodeError:
         return None
-    return parsed if isinstance(parsed, dict) and isinstance(parsed.get("format_version"), int) else None
+    if not isinstance(parsed, dict) or type(parsed.get("format_version")) is not int:  # True is an int, too
+        return None
+    widths = parsed.get("widths", {})
+    has_widths = isinstance(widths, dict) and all(type(width) is int for width in widths.values())
+    return parsed if has_widths or parsed["format_version"] > FORMAT_VERSION else None
 
 
 def _checked(site: str, ids: Ids, width: int | None) -> Tensor:

@@ -66,10 +66,12 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Sites(Mapping[str, Site]):
-    """Read-only mapping site name -> Site, in the order of execution, plus what was left out and why."""
+    """Read-only mapping site name -> Site, in the order of execution, what was left out and why, and a fingerprint of
+    the model's layers."""
 
     found: dict[str, Site]
     left_out: tuple[LeftOut, ...]
+    fingerprint: str
 
     def __getitem__(self, name: str) -> Site:
         return self.found[name]
@@ -83,11 +85,6 @@ class Sites(Mapping[str, Site]):
     @property
     def is_partial(self) -> bool:
         return any(entry.is_loss for entry in self.left_out)
-
-    def fingerprint(self) -> str:
-        """sha256 over the names and widths of the sites and their members: equal for the same dense model."""
-        text = ";".join(f"{s.name}:{s.width}:" + ",".join(m.module for m in s.members) for s in self.values())
-        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def find_sites(model: nn.Module, example: Mapping[str, Tensor] | None = None) -> Sites:
@@ -105,9 +102,16 @@ def find_sites(model: nn.Module, example: Mapping[str, Tensor] | None = None) ->
         reasons = "; ".join(f"{entry.name}: {entry.reason}" for entry in left_out[:3]) or "it has none"
         raise InputError(f"no feed-forward site in {type(model).__name__} ({reasons}). "
                          "`stt sites MODEL` shows what was looked at.")
-    sites = Sites({site.name: site for site in found}, tuple(left_out))
+    sites = Sites({site.name: site for site in found}, tuple(left_out), _fingerprint(model))
     model.__dict__["_stt_sites"] = (shapes, sites)
     return sites
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """sha256 over names and shapes of the parameters in repeated layers: equal for the same dense model with any head
+    and vocabulary, and whatever of it this version of the library can slice."""
+    shapes = [f"{name}{tuple(p.shape)}" for name, p in model.named_parameters() if _is_repeated(model, name)]
+    return hashlib.sha256("".join(shapes).encode()).hexdigest()
 
 
 def describe(model: nn.Module) -> dict[str, object]:

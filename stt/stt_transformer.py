@@ -105,8 +105,7 @@ def selection_for(sites: Sites, given: Mapping[str, Ids], layer_name_map: Mappin
     """`given` as a Selection over these sites. Raises InputError if it is empty, names something that is no site, was
     made for another model, or keeps no unit of a site."""
     meta = given.meta if isinstance(given, Selection) else {}
-    fingerprint = sites.fingerprint()
-    if meta.get("fingerprint", fingerprint) != fingerprint:
+    if meta.get("fingerprint", sites.fingerprint) != sites.fingerprint:
         made_for = meta.get("widths", {})
         raise InputError(f"the selection was made for another model ({len(made_for)} sites of widths "
                          f"{sorted(set(made_for.values()))}; this one has {len(sites)} of "
@@ -128,4 +127,4 @@ def selection_for(sites: Sites, given: Mapping[str, Ids], layer_name_map: Mappin
         units[site] = ids
     ordered = {name: units[name] for name in sites if name in units}
     widths = {name: site.width for name, site in sites.items()}
-    return Selection(ordered, {**meta, "widths": widths, "fingerprint": fingerprint})
+    return Selection(ordered, {**meta, "widths": widths, "fingerprint": sites.fingerprint})

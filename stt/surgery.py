@@ -1,11 +1,12 @@
 """Changing a model: replace a module, choose what trains, count parameters."""
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stt.errors import InputError, unknown_name
 from stt.mlps.stt_linear import STTLinear
@@ -99,3 +100,8 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     return {"total": sum(p.numel() for p in model.parameters()),
             "trained": sum(p.numel() for p in trained),
             "trained_without_head": sum(p.numel() for p in trained if id(p) not in heads)}
+
+
+def widest_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+    """The floating dtype that holds every value of every tensor."""
+    return functools.reduce(torch.promote_types, {value.dtype for value in tensors if value.is_floating_point()})

@@ -118,10 +118,10 @@ class WeightlessTrace(TorchFunctionMode):
         if not self._is_ours(value):
             return value
         if id(value) not in self._stand_ins:
-            copy = torch.ones_like(value, device="cpu") if value.is_meta else value.detach().to("cpu")
+            copy = torch.ones_like(value, device="cpu") if value.is_meta else value.detach().to("cpu", copy=True)
             copy = copy.float() if copy.is_floating_point() else copy
             if id(value) in self._parameters:
-                copy = copy.clone().requires_grad_()
+                copy.requires_grad_()
                 self.sources.append(Source(self._parameters[id(value)], False, copy))
             self._stand_ins[id(value)] = copy
         return self._stand_ins[id(value)]
@@ -131,8 +131,14 @@ def trace(model: nn.Module, example: Mapping[str, Tensor] | None = None) -> list
     """One weightless forward pass, with gradients enabled by the caller; every Source knows what it reads and who reads
     it. The model is left as it was."""
     inputs = dict(example) if example is not None else dummy_inputs(model)
-    with evaluating(model), torch.random.fork_rng(devices=[]), WeightlessTrace(model) as recorder:
-        outputs = model(**inputs)
+    buffers = [(module, dict(module.named_buffers(recurse=False))) for module in model.modules()]
+    try:
+        with evaluating(model), torch.random.fork_rng(devices=[]), WeightlessTrace(model) as recorder:
+            outputs = model(**inputs)
+    finally:
+        for module, own in buffers:
+            for name, buffer in own.items():
+                setattr(module, name, buffer)  # a forward that assigns one has assigned a stand-in
     _connect(recorder.sources, outputs)
     return recorder.sources
 

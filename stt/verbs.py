@@ -59,13 +59,19 @@ class ExportArgs:
 
 def report(args: ReportArgs) -> None:
     """`stt report`"""
-    from stt.report import compare
+    from stt.report import compare, load_run
 
+    for folder in args.runs:
+        load_run(folder)  # raises for what is no finished run, before --out is looked at
     out = Path(args.out or os.path.commonpath([Path(folder).resolve().parent for folder in args.runs]))
     if not out.is_dir():
-        raise InputError(f"no folder {args.out!r} to write to; make it, or leave --out away.")
-    tables = compare(args.runs, out / "comparison.png")
-    (out / "comparison.md").write_text(tables, encoding="utf-8")
+        raise InputError(f"no folder {str(out)!r} to write to; make it, or leave --out away.")
+    try:
+        tables = compare(args.runs, out / "comparison.png")
+        (out / "comparison.md").write_text(tables, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write to {error.filename or out}: {error.strerror}; give another folder as --out.") \
+            from None
     sys.stdout.write(f"{tables}\n{out / 'comparison.md'} and comparison.png\n")
 
 

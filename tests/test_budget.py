@@ -120,11 +120,12 @@ def test_keep_by_each_budget(measured) -> None:
     for site in measured.sites:
         expected = sorted({*best(mean[site], 13), *best(rate[site], 13)})  # int(0.3 * 44)
         assert keep(measured, "stt", Budget())[site].tolist() == expected
-        assert keep(measured, "magnitude", Budget())[site].tolist() == best(measured.scores["magnitude"][site], 13)
+        magnitude = measured.scores["magnitude"][site]
+        assert keep(measured, "magnitude", Budget())[site].tolist() == best(magnitude, 13)
         assert len(keep(measured, "stt", Budget(keep_ratio=0.3))[site]) == 13
         counts = {name: 5 + i for i, name in enumerate(measured.sites)}
         matched = keep(measured, "magnitude", Budget(counts=counts))
-        assert matched[site].tolist() == best(measured.scores["magnitude"][site], counts[site])
+        assert matched[site].tolist() == best(magnitude, counts[site])
     assert all(ids.tolist() == list(range(44)) for ids in keep(measured, "stt", Budget(topk_ratio=1.0)).values())
 
 
@@ -136,7 +137,7 @@ def test_impossible_counts(measured, count: int) -> None:
 
 
 def test_counts_of_other_sites(measured) -> None:
-    with pytest.raises(InputError, match="the budget misses 'model.layers.1.mlp', which is a site.*each of its 2 sites"):
+    with pytest.raises(InputError, match="the budget misses 'model.layers.1.mlp', which is a site.*its 2 sites"):
         keep(measured, "stt", Budget(counts={"model.layers.0.mlp": 3}))
     with pytest.raises(InputError, match="the budget names 'elsewhere', which is no site of this model"):
         keep(measured, "stt", Budget(counts=dict.fromkeys(measured.sites, 3) | {"elsewhere": 3}))

@@ -13,7 +13,9 @@ from transformers import BatchEncoding, BatchFeature, BertForQuestionAnswering, 
 from stt import scores
 from stt.calibrate import Calibration, calibrate
 from stt.errors import InputError
+from stt.mlps.stt_linear import STTLinear
 from stt.sites import find_sites
+from stt.stt_transformer import STTTransformer
 
 NAMES = ["activation_mean", "activation_rate", "wanda", "gate_product"]
 TOKENIZER = tiny.tokenizer()
@@ -25,7 +27,8 @@ TEXT_MODELS = ["qwen2", "gpt2", "bert", "distilbert"]
 
 
 def measured(model: PreTrainedModel, batches: object, names: list[str] = NAMES, **options: object) -> Calibration:
-    return calibrate(model, find_sites(model), [scores.make(name) for name in names], batches, progress=False, **options)
+    made = [scores.make(name) for name in names]
+    return calibrate(model, find_sites(model), made, batches, progress=False, **options)
 
 
 def assert_same(actual: Calibration, expected: Calibration) -> None:
@@ -85,7 +88,8 @@ def test_every_kind_of_text_batch_gives_the_same(name: str, kind: str) -> None:
 def test_a_long_list_of_strings_is_batched() -> None:
     model, _ = tiny.build("qwen2")
     texts = [" ".join(f"w{3 + (i * 7 + j) % 90}" for j in range(1 + i % 6)) for i in range(40)]
-    assert_same(measured(model, texts, tokenizer=TOKENIZER), measured(model, [[text] for text in texts], tokenizer=TOKENIZER))
+    one_by_one = measured(model, [[text] for text in texts], tokenizer=TOKENIZER)
+    assert_same(measured(model, texts, tokenizer=TOKENIZER), one_by_one)
 
 
 def test_strings_are_cut_to_what_the_tokenizer_allows() -> None:
@@ -109,14 +113,16 @@ def test_every_kind_of_image_batch_gives_the_same(name: str) -> None:
 
 def test_float_inputs_follow_the_models_dtype() -> None:
     model, batch = tiny.build("vit", torch.bfloat16)
-    assert all(values.isfinite().all() for values in measured(model, [batch["pixel_values"].float()]).scores[0].values())
+    by_site = measured(model, [batch["pixel_values"].float()]).scores[0]
+    assert all(values.isfinite().all() for values in by_site.values())
 
 
 def test_embeddings_instead_of_ids() -> None:
     model, _ = tiny.build("qwen2")
     with torch.no_grad():
         embedded = model.get_input_embeddings()(IDS)
-    expected, actual = measured(model, [(IDS, MASK)]), measured(model, [{"inputs_embeds": embedded, "attention_mask": MASK}])
+    expected = measured(model, [(IDS, MASK)])
+    actual = measured(model, [{"inputs_embeds": embedded, "attention_mask": MASK}])
     for ours, theirs in zip(actual.scores, expected.scores, strict=True):
         assert all(torch.allclose(ours[site], theirs[site], atol=1e-6) for site in theirs)
 
@@ -139,12 +145,14 @@ def test_each_side_has_its_own_padding() -> None:
     torch.manual_seed(0)
     answers = torch.randint(3, 90, (3, 4))
     lengths = (4, 1, 2)
-    labels = torch.stack([torch.cat([row[:n], torch.full((4 - n,), -100)]) for row, n in zip(answers, lengths, strict=True)])
-    single = [{"input_ids": IDS[i:i + 1, :n], "labels": answers[i:i + 1, :lengths[i]]} for i, n in enumerate((5, 2, 3))]
+    labels = torch.stack([torch.where(torch.arange(4) < n, row, -100) for row, n in zip(answers, lengths, strict=True)])
+    single = [{"input_ids": IDS[i:i + 1, :n], "labels": answers[i:i + 1, :lengths[i]]}
+              for i, n in enumerate((5, 2, 3))]
     expected = measured(model, single)
     actual = measured(model, [{"input_ids": IDS, "attention_mask": MASK, "labels": labels}])
-    masked = measured(model, [{"input_ids": IDS, "attention_mask": MASK, "decoder_attention_mask": (labels != -100).long(),
-                               "decoder_input_ids": torch.cat([torch.full((3, 1), 2), answers[:, :-1]], 1)}])
+    shifted = torch.cat([torch.full((3, 1), 2), answers[:, :-1]], 1)
+    masked = measured(model, [{"input_ids": IDS, "attention_mask": MASK, "decoder_input_ids": shifted,
+                               "decoder_attention_mask": (labels != -100).long()}])
     for ours in (actual, masked):
         assert_same(ours, expected)
     assert len(expected.scores[0]) == 4
@@ -159,10 +167,15 @@ def test_only_the_encoders_left_padding_moves() -> None:
     left["attention_mask"] = (left["input_ids"] != 0).long()
     assert not torch.equal(left["input_ids"], IDS)
     assert_same(measured(model, [left], NAMES + ["taylor"]), measured(model, [right], NAMES + ["taylor"]))
+    shown = {"decoder_input_ids": IDS.flip(0), "decoder_attention_mask": MASK.flip(0)}
+    for batch in (left, right):
+        batch.update(shown)
+        del batch["labels"]
+    assert_same(measured(model, [left]), measured(model, [right]))
 
 
 def test_a_decoder_without_input_is_refused() -> None:
-    with pytest.raises(InputError, match="has a decoder: every calibration batch needs `labels` or `decoder_input_ids`"):
+    with pytest.raises(InputError, match="has a decoder: every calibration batch needs `labels` or `decoder"):
         measured(tiny.build("t5")[0], [(IDS, MASK)])
 
 
@@ -238,9 +251,27 @@ def test_causal_models_need_no_labels_for_gradients() -> None:
     expected = measured(model, [{"input_ids": IDS, "attention_mask": MASK, "labels": labels}], ["taylor"])
     assert_same(measured(model, [(IDS, MASK)], ["taylor"]), expected)
     assert_same(measured(model, [IDS[:1], IDS[1:2, :2], IDS[2:, :3]], ["taylor"]), expected)
-    only_answers = measured(model, [{"input_ids": IDS, "attention_mask": MASK, "labels": labels.masked_fill(labels == 5, -100)
-                                     .index_fill(1, torch.tensor([1]), -100)}], ["taylor"])
+    answers = labels.index_fill(1, torch.tensor([1]), -100)
+    only_answers = measured(model, [{"input_ids": IDS, "attention_mask": MASK, "labels": answers}], ["taylor"])
     assert not torch.allclose(only_answers.scores[0]["model.layers.0.mlp"], expected.scores[0]["model.layers.0.mlp"])
+
+
+def test_a_sliced_model_is_measured_compact() -> None:
+    """In scatter mode positions of the dense model would be taken for its neurons."""
+    model, _ = tiny.build("phi3")
+    kept = dict.fromkeys(find_sites(model), [3, 7, 8, 30])
+    dense = measured(model, [(IDS, MASK)], ["magnitude", "activation_mean"])
+    sliced = STTTransformer(model, kept).transform()
+    with pytest.raises(InputError, match="model.layers.0.mlp is sliced and in scatter mode: set `infer"):
+        measured(sliced, [(IDS, MASK)])
+    for module in sliced.modules():
+        if isinstance(module, STTLinear):
+            module.inference_time = True
+    again = measured(sliced, [(IDS, MASK)], ["magnitude", "activation_mean"])
+    for site, ids in kept.items():
+        torch.testing.assert_close(again.scores[0][site], dense.scores[0][site][ids])
+    first = next(iter(kept))  # later layers read what the narrow first one returns
+    torch.testing.assert_close(again.scores[1][first], dense.scores[1][first][kept[first]], rtol=1e-5, atol=1e-6)
 
 
 # ---------------------------------------------------------------- the model is left as it was

@@ -258,6 +258,13 @@ def test_nothing_else_is_ever_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "notes/todo.txt").read_text() == "mine"
 
 
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 253)  # with .part behind it, no file system takes the name
+    with pytest.raises(InputError, match=r"^cannot write to .*; choose another folder$"):
+        save(sliced_tiny("llama")[0], folder)
+    assert not any(tmp_path.iterdir())
+
+
 def test_models_that_cannot_be_saved(tmp_path: Path) -> None:
     dense, _ = tiny.build("llama")
     with pytest.raises(InputError, match="LlamaForCausalLM is not sliced"):
@@ -299,6 +306,14 @@ def _other_selection(name: str, seed: int = 0, more: int = 0) -> Callable[[Path]
     return edit
 
 
+def _edit_meta(**changes: object) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / "selection.safetensors"
+        meta = Selection.load(path).meta | changes
+        save_file(load_file(path), path, metadata={"stt": json.dumps(meta)})
+    return edit
+
+
 def _cut(file: str) -> Callable[[Path], None]:
     return lambda folder: (folder / file).write_bytes((folder / file).read_bytes()[:-200])
 
@@ -312,6 +327,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut config": (_cut("config.json"), "not readable JSON"),
     "newer": (_edit_config(lambda c: c["stt"].update(format_version=2)), "has format 2, this version reads up to 1"),
     "plain": (_edit_config(lambda c: c.pop("stt")), "plain Hugging Face model.*from_pretrained"),
+    "version in words": (_edit_meta(format_version="1"), "but not a selection"),
+    "version true": (_edit_meta(format_version=True), "but not a selection"),
+    "widths in a list": (_edit_meta(widths=[44, 44]), "but not a selection"),
+    "widths in words": (_edit_meta(widths={"model.layers.0.mlp": "44"}), "but not a selection"),
+    "newer selection": (_edit_meta(format_version=2, widths="elsewhere"), "has format 2, this version reads up to 1"),
     "another stt": (_edit_config(lambda c: c.update(stt="speech to text")), "plain Hugging Face model"),
     "unknown class": (_edit_config(lambda c: c.update(architectures=["LamaForCausalLM"])), "'LamaForCausalLM'"),
     "no class": (_edit_config(lambda c: c.pop("architectures")), "'no architecture'"),

@@ -8,13 +8,14 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import fake_run
 import pytest
+from scripts_loader import load_script
 from tyro.conf import arg
 
-from stt import arguments, verbs
+from stt import arguments, comparison, modes, plots, surgery, verbs
 from stt.arguments import LLMArgs, resolve_model, resolved
 from stt.cli import read_args, run
 from stt.errors import InputError, TrainingFailed
@@ -66,11 +67,13 @@ def test_flags(line, expected):
     ("--loaves", "--loaves needs a value: a whole number"),
     ("--heat --salt", "--heat needs a value: a number"),
     ("--crust thn", "unknown --crust 'thn'. Did you mean 'thin'?"),
+    ("--crust THICK", "unknown --crust 'THICK'. Did you mean 'thick'?"),
     ("--salt yes", "--salt is a switch and takes no value"),
     ("--steam=true", "--steam is a switch and takes no value"),
     ("wheat", "unexpected argument 'wheat'"),
     ("--loaves 0", "^loaves must be 1 or more, got 0$"),
     ("--config", "--config needs a value"),
+    ("--config a.yaml --config=b.yaml", "--config is given twice"),
     ("--config nowhere.yaml", "no config file 'nowhere.yaml'"),
 ])
 def test_mistakes_get_one_sentence(line, sentence, capsys):
@@ -259,25 +262,43 @@ def test_missing_perplexity_text(shipped):
 # ---------------------------------------------------------------- every flag is read, nothing heavy is imported
 
 
-def fields_read(sources: Iterable[Path]) -> set[str]:
-    """Every x of an `args.x` or `something.args.x` that is read in the sources."""
+def fields_read(texts: Iterable[str]) -> set[str]:
+    """Every x of an `args.x` that is read in a function with a parameter `args: LLMArgs`."""
     found = set()
-    for source in sources:
-        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                owner = node.value
-                name = owner.id if isinstance(owner, ast.Name) else getattr(owner, "attr", None)
-                found |= {node.attr} if name == "args" else set()
+    for function in (node for text in texts for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)):
+        given = {ast.unparse(parameter) for parameter in (*function.args.posonlyargs, *function.args.args)}
+        if "args: LLMArgs" in given:
+            found |= {node.attr for node in ast.walk(function) if isinstance(node, ast.Attribute)
+                      and isinstance(node.ctx, ast.Load) and ast.unparse(node.value) == "args"}
     return found
 
 
 def test_no_dead_flag_in_train_llm():
-    recipe = ROOT / "train_llm.py"
-    if not recipe.exists():
-        pytest.skip("train_llm.py is not there yet")
     library = [source for source in (ROOT / "stt").rglob("*.py") if source.name not in ("arguments.py", "verbs.py")]
+    texts = [source.read_text(encoding="utf-8") for source in (ROOT / "train_llm.py", *library)]
     declared = {field.name for field in dataclasses.fields(LLMArgs)}
-    assert declared - fields_read([recipe, *library]) == set()
+    assert declared - fields_read(texts) == set()
+
+
+def test_what_counts_as_reading_a_flag():
+    text = """
+def main(args: LLMArgs): return lambda: args.lr + parser.args.wd
+def other(args: TrainingArguments): return args.fp16
+def third(args): return args.seed
+"""
+    assert fields_read([text]) == {"lr"}
+
+
+# ---------------------------------------------------------------- one list of names, wherever it is written
+
+
+def test_modes_agree():
+    names = set(get_args(arguments.Mode))
+    assert names == set(modes.MODES) == set(load_script("compare_modes").MODES) == set(plots.MODE_COLOURS)
+
+
+def test_head_policies_agree():
+    assert set(get_args(arguments.Head)) == set(surgery.HEADS) == set(comparison.HEADS)
 
 
 @pytest.mark.parametrize("verb", verbs.VERBS)
@@ -315,7 +336,8 @@ def test_closed_pipe_is_quiet(tmp_path):
 @pytest.mark.parametrize(("argv", "code", "expected"), [
     ([], 0, "stt report"), (["--help"], 0, "stt export"), (["repport"], 2, "Did you mean 'report'?"),
     (["report"], 2, "give the run folders to compare"), (["report", "none"], 2, "none is not a run folder"),
-    (["report", "none", "--out", "nowhere"], 2, "no folder 'nowhere'"),
+    (["report", "/no/such/run"], 2, "/no/such/run is not a run folder"),
+    (["report", "none", "--out", "nowhere"], 2, "none is not a run folder"),
     (["sites"], 2, "MODEL"), (["sites", "./none"], 2, "no model folder './none'"),
     (["export", "d", "--to", "onnx", "--out", "o"], 2, "unknown --to 'onnx'"),
     (["export", "d", "--to", "hf"], 2, "--out")])
@@ -333,6 +355,18 @@ def test_stt_report_writes_table_and_figure(tmp_path, capsys):
     assert "| stt | 2 | 70.0 ± 0.0 % |" in capsys.readouterr().out
     assert (tmp_path / "comparison.md").read_text().startswith("### train_llm")
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
+
+
+def test_stt_report_that_cannot_be_written(tmp_path, capsys):
+    run_folder = str(fake_run.write(tmp_path / "run"))
+    (tmp_path / "out" / "comparison.png").mkdir(parents=True)  # nothing can be written in its place
+    for out, sentence in (("nowhere", "no folder "), ("out", "cannot write to ")):
+        assert verbs.main(["report", run_folder, "--out", str(tmp_path / out)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {sentence}")
+        assert str(tmp_path / out) in error
+        assert error.count("\n") == 1
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["comparison.png"]
 
 
 def test_site_table():

@@ -7,10 +7,10 @@ import os
 from collections import Counter
 from pathlib import Path
 
-import datasets
 import pytest
 from tiny_text import EXPECTED, PASSAGE, ROWS, STORY
 
+import datasets
 import META
 from stt import dataset
 from stt.dataset import Example, boolq, clutrr, multiple_choice
@@ -138,7 +138,6 @@ def test_real_files(name: str) -> None:
             len(row["instruction"].rsplit("format: ", 1)[1].split("/")) for row in files["test"]]
 
 
-@pytest.mark.skipif(not META.DATA_SETS["clutrr"].folder.is_dir(), reason="datasets/clutrr has not been made")
 def test_shipped_clutrr() -> None:
     task = dataset.load_task("clutrr")
     assert set(Counter(example.label for example in task.test)) == set(clutrr.RELATIONS)
@@ -152,6 +151,8 @@ def test_shipped_clutrr() -> None:
 def test_unknown_task_names_the_nearest() -> None:
     with pytest.raises(InputError, match="unknown task 'boolk'.*'boolq'.*arc-c, arc-e, boolq, clutrr, obqa"):
         dataset.load_task("boolk")
+    with pytest.raises(InputError, match="unknown task 'CLUTRR'. Did you mean 'clutrr'?"):
+        dataset.load_task("CLUTRR")
 
 
 @pytest.mark.parametrize(("name", "change", "complaint"), [

@@ -71,7 +71,8 @@ def test_a_cut_chat_prompt_keeps_the_turns_of_its_template() -> None:
     tokenizer = build_tokenizer(chat=True)
     example = replace(EXPECTED["boolq"], prompt="a very long passage ☀ " * 50 + EXPECTED["boolq"].prompt)
     text = tokenizer.decode(dataset.prompt_ids(example, tokenizer, 80, chat=True))
-    assert text.startswith("<turn>user\n") and text.endswith("is the sea salty?\nAnswer:<end>\n<turn>assistant\n")
+    assert text.startswith("<turn>user\n")
+    assert text.endswith("is the sea salty?\nAnswer:<end>\n<turn>assistant\n")
     assert len(dataset.encode(example, tokenizer, 80, chat=True)["input_ids"]) <= 80
     template = tokenizer.apply_chat_template([{"role": "user", "content": ""}], add_generation_prompt=True,
                                              return_dict=False)
@@ -147,7 +148,8 @@ def test_selection_subset(ratio: float, count: int) -> None:
     subset = dataset.selection_subset(data, ratio, seed=3)
     assert len(subset) == count
     assert subset == dataset.selection_subset(data, ratio, seed=3)
-    assert subset == sorted(subset, key=data.index) and len(set(subset)) == count
+    assert subset == sorted(subset, key=data.index)
+    assert len(set(subset)) == count
     if 1 < count < 100:
         assert subset != dataset.selection_subset(data, ratio, seed=4)
 
@@ -180,9 +182,11 @@ def test_dev_split_refuses() -> None:
 
 def test_limit() -> None:
     task = small_task(20)
-    assert dataset.limit(task, 0) is task
-    assert dataset.limit(task, 50) is task
-    five, ten = dataset.limit(task, 5).train, dataset.limit(task, 10).train
-    assert (len(five), len(ten)) == (5, 10) and set(five) < set(ten)
+    assert dataset.limit(task, 0, seed=1) is task
+    assert dataset.limit(task, 50, seed=1) is task
+    five, ten = (dataset.limit(task, size, seed=1).train for size in (5, 10))
+    assert (len(five), len(ten)) == (5, 10)
+    assert set(five) < set(ten)
+    assert dataset.limit(task, 10, seed=2).train != ten
     with pytest.raises(InputError, match="train_size"):
-        dataset.limit(task, -1)
+        dataset.limit(task, -1, seed=1)

@@ -17,7 +17,8 @@ from stt.errors import InputError
 from stt.evaluate import throughput
 from stt.evaluate.perplexity import TextScore
 
-WORDS = "Ada met her brother Ben and the sea is salt water so a fire is warm".split()
+WORDS = ["Ada", "met", "her", "brother", "Ben", "and", "the", "sea", "is", "salt", "water", "so", "a", "fire", "is",
+         "warm"]
 LENGTHS = {1: "yes", 11: "no", 4: "yes", 7: "yes", 2: "no", 9: "no", 3: "yes"}  # words of a prompt -> its label
 EXAMPLES = [Example(" ".join(WORDS[i % 5:i % 5 + length]), f" {label}", label, ("yes", "no"))
             for i, (length, label) in enumerate(LENGTHS.items())]
@@ -72,7 +73,8 @@ def test_answers_equal_generation_one_by_one(model, tokenizer, batch_size: int, 
     tokenizer.padding_side = side
     before = half_trained(model)
     rows = evaluate.generate_answers(model, tokenizer, TASK, EXAMPLES, batch_size)
-    assert modes(model) == before and tokenizer.padding_side == side
+    assert modes(model) == before
+    assert tokenizer.padding_side == side
     model.eval()
     for row, example in zip(rows, EXAMPLES, strict=True):
         ids = greedy_one_by_one(model, tokenizer(example.prompt).input_ids, tokenizer.eos_token_id, 6)
@@ -126,13 +128,14 @@ def test_the_model_reads_the_prompt_it_was_trained_on(bos: bool, chat: bool, max
 
     def generate(input_ids: torch.Tensor, attention_mask: torch.Tensor, **rest: object) -> torch.Tensor:
         assert torch.equal(attention_mask, attention_mask.sort(dim=1).values)  # padding on the left only
-        read.extend(tuple(ids[mask.bool()].tolist()) for ids, mask in zip(input_ids, attention_mask))
+        read.extend(tuple(ids[mask.bool()].tolist()) for ids, mask in zip(input_ids, attention_mask, strict=True))
         return plain_generate(input_ids=input_ids, attention_mask=attention_mask, **rest)
 
     monkeypatch.setattr(model, "generate", generate)
     evaluate.generate_answers(model, tokenizer, TASK, EXAMPLES, 3, chat=chat, max_length=max_length)
     rows = [dataset.encode(example, tokenizer, max_length, chat) for example in EXAMPLES]
-    trained = [tuple(i for i, label in zip(row["input_ids"], row["labels"]) if label == -100) for row in rows]
+    trained = [tuple(i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100)
+               for row in rows]
     assert sorted(read) == sorted(trained)
 
 
@@ -242,7 +245,7 @@ def test_throughput_takes_turns_and_reports_medians(monkeypatch: pytest.MonkeyPa
     for name, values in seconds.items():
         assert result[name]["prefill_seconds"] == statistics.median(values)
         assert result[name]["decode_tokens_per_second"] == pytest.approx(30 / statistics.median(values))
-    ratios = [fast / slow for slow, fast in zip(seconds["dense"], seconds["sliced"])]
+    ratios = [fast / slow for slow, fast in zip(seconds["dense"], seconds["sliced"], strict=True)]
     assert result["ratio"]["prefill_seconds"] == statistics.median(ratios) == 0.5  # not the ratio of the medians
     assert result["ratio"]["decode_tokens_per_second"] == pytest.approx(2.0)
 
@@ -264,7 +267,8 @@ def test_throughput_runs_one_prefill_and_n_single_token_steps(model) -> None:
 def test_throughput_sees_a_smaller_model(model, tokenizer) -> None:
     big = build_decoder(len(tokenizer), layers=20)
     ratio = evaluate.compare_throughput(big, model, prompts(2, 64), new_tokens=4, rounds=3)["ratio"]
-    assert ratio["prefill_seconds"] < 0.9 and ratio["latency_seconds_per_token"] < 0.9
+    assert ratio["prefill_seconds"] < 0.9
+    assert ratio["latency_seconds_per_token"] < 0.9
     assert ratio["decode_tokens_per_second"] > 1.1
 
 

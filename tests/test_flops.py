@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from util.torch_flops import forward_flops, run_flops, training_flops
+from util.torch_flops import by_length, forward_flops, training_flops
 
 B, T, D, F, V, LAYERS, HEADS, KV_HEADS = 2, 10, 32, 80, 64, 2, 4, 2
 KV = D // HEADS * KV_HEADS
@@ -121,10 +121,16 @@ def test_training_is_counted_inside_no_grad():
         assert training_flops(*build()) == 3 * FORWARD
 
 
-def test_run():
-    assert run_flops(training_batch=7, steps=10, inference_example=3) == {"training": 70, "inference": 3}
-    assert run_flops(7, 10, 3, selection_example=2, selection_examples=5) == {"selection": 10, "training": 70,
-                                                                              "inference": 3}
+@pytest.mark.parametrize("count", [forward_flops, training_flops])
+def test_three_lengths_give_every_other(count):
+    model, _ = build()
+
+    def one(length: int) -> int:
+        ids = torch.ones(1, length, dtype=torch.long)
+        return count(model, {"input_ids": ids, "labels": ids})
+
+    at = by_length(one)
+    assert [at(length) for length in (1, 2, 5, 33)] == [one(length) for length in (1, 2, 5, 33)]
 
 
 @pytest.mark.gpu

@@ -16,6 +16,7 @@ import pytest
 from stt import plots, words
 from stt.errors import InputError
 from stt.report import compare, load_run, summary_lines, write_report
+from stt.runs import read_json
 from stt.words import amount, decimal, duration, paired_interval, percent, spread, wilson
 
 
@@ -257,6 +258,19 @@ def test_every_head_policy_has_its_own_accuracy_column(tmp_path):
     assert rows["random"][:4] == ["1", "80.0 %", "50.0 %", "60.0 %"]
 
 
+@pytest.mark.parametrize(("dev_mode", "name", "other"), [
+    (False, "test accuracy", "held-out accuracy"), (True, "held-out accuracy", "test accuracy")])
+def test_the_accuracy_says_what_it_was_measured_on(tmp_path, dev_mode, name, other):
+    run = fake_run.write(tmp_path / "run")
+    (run / "results.json").write_text(json.dumps(fake_run.results() | {"dev_mode": dev_mode}))
+    write_report(run)
+    shown = [compare([run]), "\n".join(summary_lines(load_run(run).results)),
+             *((run / page).read_text() for page in ("report.md", "report.html"))]
+    assert all(name in text and other not in text for text in shown)
+    assert f"<span>{name}</span>" in shown[-1]
+    assert rows_of(shown[0])["mode"][1] == f"{name}, head trained"
+
+
 @pytest.mark.parametrize("change", [{"task": "boolq"}, {"model": "org/other"}, {"dev_mode": True},
                                     {"accuracy": {"test": 0.5, "n": 10, "correct": 5, "majority": 0.1}}])
 def test_what_cannot_be_compared_gets_its_own_table(tmp_path, change):
@@ -300,12 +314,29 @@ def test_runs_that_cannot_be_compared(tmp_path):
         compare([run, twin])
 
 
-@pytest.mark.parametrize(("text", "sentence"), [("{", "is not JSON"), ('{"format_version": 2}', "has format 2")])
-def test_results_that_cannot_be_read(tmp_path, text, sentence):
+@pytest.mark.parametrize("file", ["args.json", "results.json"])
+@pytest.mark.parametrize(("content", "sentence"), [
+    (b"{", "is not JSON"), (b"\xff", "is not JSON"), (b"[1]", "must hold a JSON object, got a list")])
+def test_files_that_cannot_be_read(tmp_path, file, content, sentence):
     run = fake_run.write(tmp_path / "a")
-    (run / "results.json").write_text(text)
-    with pytest.raises(InputError, match=sentence):
+    (run / file).write_bytes(content)
+    for read in (lambda: load_run(run), lambda: read_json(run / file)):
+        with pytest.raises(InputError, match=sentence) as caught:
+            read()
+        assert file in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_results_of_a_newer_release(tmp_path):
+    run = fake_run.write(tmp_path / "a")
+    (run / "results.json").write_text('{"format_version": 2}')
+    with pytest.raises(InputError, match="has format 2"):
         load_run(run)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(InputError, match=r"cannot read .*args\.json"):
+        read_json(tmp_path / "args.json")
 
 
 def test_figures_can_be_drawn_for_one_and_for_many_rows(tmp_path):

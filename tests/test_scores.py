@@ -88,7 +88,8 @@ def loss(model: nn.Module, example: Example) -> Tensor:
         return -logits.log_softmax(-1)[labels]
     if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
         logits, labels = logits[:-1], labels[1:]
-    return 0 * logits.sum() - sum(logits[t].log_softmax(-1)[labels[t]] for t in range(len(labels)) if labels[t] != -100)
+    labelled = [t for t in range(len(labels)) if labels[t] != -100]
+    return 0 * logits.sum() - sum(logits[t].log_softmax(-1)[labels[t]] for t in labelled)
 
 
 def gate_rows(model: nn.Module, site: str) -> Tensor:
@@ -104,8 +105,8 @@ def mean(model: nn.Module, site: str, seen: dict[str, list[Tensor]]) -> Tensor:
 
 
 def rate(model: nn.Module, site: str, seen: dict[str, list[Tensor]]) -> Tensor:
-    width = find_sites(model)[site].width
-    return torch.tensor([sum(row[i].item() >= THRESHOLD for row in seen["pre"]) / len(seen["pre"]) for i in range(width)])
+    width, rows = find_sites(model)[site].width, [row.tolist() for row in seen["pre"]]
+    return torch.tensor([sum(row[i] >= THRESHOLD for row in rows) / len(rows) for i in range(width)])
 
 
 def gate_product(model: nn.Module, site: str, seen: dict[str, list[Tensor]]) -> Tensor:
@@ -114,14 +115,16 @@ def gate_product(model: nn.Module, site: str, seen: dict[str, list[Tensor]]) -> 
 
 def wanda(model: nn.Module, site: str, seen: dict[str, list[Tensor]]) -> Tensor:
     norm = [math.sqrt(sum(x[j].item() ** 2 for x in seen["x"])) for j in range(len(seen["x"][0]))]
-    return torch.tensor([sum(abs(w) * n for w, n in zip(row, norm, strict=True)) for row in gate_rows(model, site).tolist()])
+    rows = gate_rows(model, site).tolist()
+    return torch.tensor([sum(abs(w) * n for w, n in zip(row, norm, strict=True)) for row in rows])
 
 
 def taylor(model: nn.Module, site: str, seen: dict[str, list[Tensor]]) -> Tensor:
     return sum((a * g).abs() for a, g in zip(seen["hidden"], seen["gradient"], strict=True))
 
 
-LOOPS = {"activation_mean": mean, "activation_rate": rate, "gate_product": gate_product, "wanda": wanda, "taylor": taylor}
+LOOPS = {"activation_mean": mean, "activation_rate": rate, "gate_product": gate_product, "wanda": wanda,
+         "taylor": taylor}
 
 
 # ---------------------------------------------------------------- examples, and batches made of them
@@ -131,7 +134,8 @@ def examples_for(name: str, model: nn.Module) -> list[Example]:
     torch.manual_seed(7)
     if name in VISION:
         size = model.config.image_size
-        return [{"pixel_values": torch.randn(1, 3, size, size).double(), "labels": torch.tensor([i % 3])} for i in range(5)]
+        return [{"pixel_values": torch.randn(1, 3, size, size).double(), "labels": torch.tensor([i % 3])}
+                for i in range(5)]
     made = []
     for i, length in enumerate((7, 3, 5, 1, 6)):
         ids = torch.randint(3, tiny.VOCABULARY, (1, length))
@@ -200,7 +204,8 @@ def test_counting_padding_is_what_the_published_code_does(name: str) -> None:
     model, _ = tiny.build(name, torch.float64)
     for left in (False, True):
         batch = padded(examples_for(name, model), left)
-        recorders = {name: Recorder(model, site.gate_module, site.down_module) for name, site in find_sites(model).items()}
+        sites = find_sites(model)
+        recorders = {key: Recorder(model, site.gate_module, site.down_module) for key, site in sites.items()}
         model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         for recorder in recorders.values():
             recorder.remove()
@@ -234,7 +239,8 @@ def test_options() -> None:
     absolute = result("activation_rate", threshold=0.5, use_abs=True)
     assert torch.equal(absolute, (pre.abs() >= 0.5).float().mean(0))
     assert not torch.equal(absolute, result("activation_rate", threshold=0.5))
-    assert torch.equal(result("activation_rate", threshold=pre[2, 3].item())[3], (pre[:, 3] >= pre[2, 3]).float().mean())
+    at_a_value = result("activation_rate", threshold=pre[2, 3].item())
+    assert torch.equal(at_a_value[3], (pre[:, 3] >= pre[2, 3]).float().mean())
     torch.testing.assert_close(result("wanda", weight, norm="l1"), weight.abs() @ x.abs().sum(0))
     torch.testing.assert_close(result("wanda", weight), weight.abs() @ x.square().sum(0).sqrt())
     with pytest.raises(InputError, match="unknown norm 'l3'"):
@@ -269,7 +275,7 @@ def test_random_uses_every_bit_of_its_seed_and_leaves_torch_alone() -> None:
 
 def test_the_folder_is_the_registry() -> None:
     assert scores.names() == sorted([*MEASURED, "magnitude", "random"])
-    with pytest.raises(InputError, match="unknown score 'wands'. Did you mean 'wanda'. Choose one of: activation_mean, "):
+    with pytest.raises(InputError, match="unknown score 'wands'. Did you mean 'wanda'. Choose one of: activation_m"):
         scores.make("wands")
 
 

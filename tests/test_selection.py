@@ -216,7 +216,7 @@ def test_selection_of_another_model_is_refused() -> None:
 
 @pytest.mark.parametrize(("units", "message"), [
     ({}, "the selection is empty"),
-    ({"model.layers.7.mlp": [1]}, "'model.layers.7.mlp' is no feed-forward site.*first of its 2 sites is 'model.layers.0.mlp'"),
+    ({"model.layers.7.mlp": [1]}, "'model.layers.7.mlp' is no feed-forward site.*its 2 sites is 'model.layers.0.mlp'"),
     ({"model.layers.0.self_attn.q_proj": [1]}, "is no feed-forward site"),
     ({"model_layers_0_mlp_gate_proj": [1]}, "is no feed-forward site"),  # underscores need the map
     ({"model.layers.0.mlp": []}, "keeps no unit of model.layers.0.mlp"),
@@ -242,8 +242,8 @@ def test_every_kind_of_key_names_the_same_site(name: str) -> None:
     names = tracker.get_layer_name_map()
     sites = {site: [1, 4, 9] for site in names.values()}
     assert all("." not in key for key in names)
-    members = [{member.module: ids for site, ids in sites.items() for member in [stt.find_sites(model)[site].members[i]]}
-               for i in (0, -1)]
+    found = stt.find_sites(model)
+    members = [{found[site].members[i].module: ids for site, ids in sites.items()} for i in (0, -1)]
     expected = STTTransformer(model, sites).selection
     for given in ({key: sites[site] for key, site in names.items()}, *members):
         assert STTTransformer(model, given, layer_name_map=names).selection == expected

@@ -1,4 +1,4 @@
-"""Every supported architecture decodes to the blocks its config promises; whatever cannot be sliced is refused with the reason."""
+"""Every supported architecture decodes to what its config promises; what cannot be sliced is refused, with a reason."""
 from __future__ import annotations
 
 import copy
@@ -130,8 +130,10 @@ RANGE = list(range(NEURONS))
     (TWO, lambda x, a, b: a(x) * b(x), "glu", "0", RANGE),  # bilinear: neither bends, the first counts
     (ONE, lambda x, a: F.softplus(a(x)), "plain", "0", RANGE),  # not 0 at 0
     (ONE, lambda x, a: a(x), "plain", "0", RANGE),
-], ids=["up-first", "pairs", "relu-pairs", "relu-second", "relu-first", "relu2", "sigmoid", "bilinear", "softplus", "linear"])
-def test_gate_and_channels_of_unusual_blocks(shapes: list, middle: Callable, kind: str, gate_module: str, gate: list) -> None:
+], ids=["up-first", "pairs", "relu-pairs", "relu-second", "relu-first", "relu2", "sigmoid", "bilinear", "softplus",
+        "linear"])
+def test_gate_and_channels_of_unusual_blocks(shapes: list, middle: Callable, kind: str, gate_module: str,
+                                             gate: list) -> None:
     model, _ = tiny.toy(shapes + DOWN, middle)
     for site in find_sites(model).values():
         assert (site.kind, site.gate_module[-1], site.gate.tolist()) == (kind, gate_module, gate)
@@ -159,6 +161,15 @@ def test_inexact_blocks_are_refused_with_the_reason(shapes: list, middle: Callab
         find_sites(model)
 
 
+def test_a_neuron_that_also_reaches_both_its_neighbours_is_refused() -> None:
+    """On average every channel reaches its own place: only the third probe tells."""
+    spread = torch.eye(NEURONS)
+    inner = torch.arange(1, NEURONS - 1)
+    spread[inner, inner - 1] = spread[inner, inner + 1] = 0.5
+    with pytest.raises(InputError, match="mixes neurons"):
+        find_sites(tiny.toy(ONE + DOWN, lambda x, a: a(x) @ spread)[0])
+
+
 def test_more_kinds_of_refusal() -> None:
     with pytest.raises(InputError, match="reads the parameter layers.0.scale"):
         find_sites(tiny.Toy(ScaledBlock))
@@ -178,12 +189,38 @@ def test_activation_that_leaves_the_block_is_no_site() -> None:
 
 
 def test_two_blocks_never_share_a_projection() -> None:
-    model, _ = tiny.toy([(HIDDEN, NEURONS), (NEURONS, NEURONS), (NEURONS, HIDDEN)], lambda x, a, b: F.gelu(b(F.gelu(a(x)))))
+    model, _ = tiny.toy(ONE + [(NEURONS, NEURONS)] + DOWN, lambda x, a, b: F.gelu(b(F.gelu(a(x)))))
     sites = find_sites(model)
     used = [member.module for site in sites.values() for member in site.members]
     assert len(sites) == 2
     assert len(set(used)) == len(used)
     assert sites.is_partial
+
+
+def test_activation_that_is_returned_is_no_site() -> None:
+    class Returning(tiny.Toy):
+        def forward(self, input_ids: Tensor, **_: object) -> dict[str, Tensor]:
+            x = self.embedding(input_ids)
+            hidden = [F.gelu(layer.linears[0](x)) for layer in self.layers]
+            return {"logits": self.head(x + self.layers[0].linears[1](hidden[0])
+                                        + self.layers[1].linears[1](hidden[1])), "hidden": hidden[1]}
+
+    assert list(find_sites(Returning(lambda: tiny.Block(ONE + DOWN, lambda x, a: x)))) == ["layers.0.linears"]
+
+
+def test_forward_may_ask_a_weight_for_its_device_and_draw_random_numbers() -> None:
+    class Curious(tiny.Toy):
+        def forward(self, input_ids: Tensor, **options: object) -> dict[str, Tensor]:
+            noise = torch.rand(input_ids.shape, device=self.head.weight.device) > 2
+            return super().forward(input_ids + noise.to(self.device), **options)
+
+    model = Curious(lambda: tiny.Block(ONE + DOWN, lambda x, a: F.gelu(a(x))))
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    expected = [described(site) for site in find_sites(model).values()]
+    assert torch.equal(torch.get_rng_state(), before)
+    model.__dict__.pop("_stt_sites")
+    assert [described(site) for site in find_sites(model.to("meta")).values()] == expected
 
 
 @pytest.mark.parametrize("share", ["module", "weight"])
@@ -239,6 +276,7 @@ def test_unknown_input_asks_for_an_example_and_takes_it() -> None:
     sites = find_sites(model, example)
     assert list(sites) == ["model.encoder.layers.0", "model.decoder.layers.0"]
     assert find_sites(model) is sites
+    assert find_sites(model, example) is not sites  # another example may run more of the model
 
 
 # ---------------------------------------------------------------- the model is left as it was
@@ -267,6 +305,24 @@ def test_model_and_random_state_are_left_as_they_were(name: str) -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+def test_buffers_that_forward_changes_are_put_back() -> None:
+    class Counting(tiny.Toy):
+        def __init__(self, block: Callable) -> None:
+            super().__init__(block)
+            self.register_buffer("calls", torch.zeros(1))
+            self.register_buffer("tokens", torch.zeros(1, dtype=torch.long))
+
+        def forward(self, input_ids: Tensor, **options: object) -> dict[str, Tensor]:
+            self.calls.add_(1)
+            self.tokens = self.tokens + input_ids.numel()
+            return super().forward(input_ids, **options)
+
+    model = Counting(lambda: tiny.Block(ONE + DOWN, lambda x, a: F.gelu(a(x))))
+    before = dict(model.named_buffers())
+    find_sites(model)
+    assert all(buffer is before[name] and not buffer.any() for name, buffer in model.named_buffers())
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16),
                                      lambda: torch.random.fork_rng(devices=[])])
 def test_sites_do_not_depend_on_the_context(context: Callable) -> None:
@@ -281,7 +337,8 @@ def test_sites_do_not_depend_on_the_weights_or_their_dtype() -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(math.nan)
-    assert [described(s) for s in find_sites(model).values()] == [described(s) for s in find_sites(tiny.build("llama")[0]).values()]
+    expected = find_sites(tiny.build("llama")[0])
+    assert [described(site) for site in find_sites(model).values()] == [described(site) for site in expected.values()]
 
 
 def test_result_is_cached_until_a_shape_changes() -> None:
@@ -295,6 +352,10 @@ def test_result_is_cached_until_a_shape_changes() -> None:
 
 
 def test_fingerprint_tells_models_apart() -> None:
-    prints = {name: find_sites(tiny.build(name)[0]).fingerprint() for name in ("qwen2", "phi", "bert", "t5")}
+    prints = {name: find_sites(tiny.build(name)[0]).fingerprint for name in ("qwen2", "phi", "bert", "t5")}
     assert len(set(prints.values())) == 4
-    assert find_sites(tiny.build("llama")[0]).fingerprint() == prints["qwen2"]  # same names, same widths
+    model = tiny.build("qwen2")[0]
+    model.resize_token_embeddings(model.config.vocab_size + 3)
+    assert find_sites(model).fingerprint == prints["qwen2"]  # another vocabulary, the same layers
+    narrower, _ = tiny._text("Qwen2ForCausalLM", **tiny.GQA | {"intermediate_size": NEURONS - 1})
+    assert find_sites(narrower).fingerprint != prints["qwen2"]

@@ -1,4 +1,4 @@
-"""One STTLinear against the dense layer it was cut from; a site of them against the masked dense site, in every mode and order."""
+"""One STTLinear against the dense layer it was cut from; a site of them against the masked dense site."""
 from __future__ import annotations
 
 import copy
@@ -68,6 +68,10 @@ def test_sizes_names_and_kinship() -> None:
     assert layer.inference_time is False
     assert "original=(9, 14), scatter" in repr(layer)
     assert all(parameter.requires_grad for parameter in STTLinear.from_linear(dense(), out_indices=ROWS).parameters())
+    everything = STTLinear.from_linear(linear)
+    assert {everything.weight.data_ptr(), everything.bias.data_ptr()}.isdisjoint(
+        {linear.weight.data_ptr(), linear.bias.data_ptr()})
+    assert STTLinear.from_weights(linear.weight.T, None, in_indices=ROWS).weight.is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -222,7 +226,7 @@ def test_padding_adds_exact_zeros_and_goes_away_bitwise(kind: str) -> None:
     assert block.down.weight.shape == (HIDDEN, 16)
     assert (block.gate.in_features, block.gate.out_features) == (HIDDEN, kept)
     assert (block.down.in_features, block.down.out_features) == (16, HIDDEN)
-    assert [int((value != 0).sum()) for value in block.state_dict().values()] == [value.numel() for value in before.values()]
+    assert all(int((value != 0).sum()) == before[name].numel() for name, value in block.state_dict().items())
     block.gate.pad_weights(1)
     assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
     assert before.keys() == block.state_dict().keys()

@@ -142,8 +142,8 @@ def test_only_narrow_layers_are_adapted() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_merging_a_bf16_layer_does_not_round_the_update_away(bias: bool) -> None:
     torch.manual_seed(0)
-    layer = STTLinear.from_linear(nn.Linear(IN, OUT, bias=bias, dtype=torch.bfloat16), in_indices=COLUMNS, out_indices=ROWS,
-                                  inference_time=True)
+    dense = nn.Linear(IN, OUT, bias=bias, dtype=torch.bfloat16)
+    layer = STTLinear.from_linear(dense, in_indices=COLUMNS, out_indices=ROWS, inference_time=True)
     holder = nn.Sequential(STTLoraLinear(layer, r=2, lora_alpha=2, lora_dropout=0.0))
     with torch.no_grad():
         holder[0].lora_B.fill_(1e-4)
@@ -162,7 +162,8 @@ def test_merging_a_bf16_layer_does_not_round_the_update_away(bias: bool) -> None
 # ---------------------------------------------------------------- a model
 
 
-def lora_model(name: str, dtype: torch.dtype = torch.float64, inference_time: bool = True) -> tuple[nn.Module, dict, list[str]]:
+def lora_model(name: str, dtype: torch.dtype = torch.float64,
+               inference_time: bool = True) -> tuple[nn.Module, dict[str, Tensor], list[str]]:
     model, batch = tiny.build(name, dtype)
     kept = {site.name: range(i, site.width, 3) for i, site in enumerate(find_sites(model).values())}
     STTTransformer(model, kept, inference_time=inference_time).transform()

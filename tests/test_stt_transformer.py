@@ -1,6 +1,5 @@
-"""The oracle: a sliced model equals the dense one with the dropped neurons multiplied by 0 where the down projection reads.
-
-Over every architecture, with a different random width in every site, in every layout.
+"""The oracle: a sliced model equals the dense one with the dropped neurons multiplied by 0 where the down projection
+reads. Over every architecture, with a different random width in every site, in every layout.
 """
 from __future__ import annotations
 
@@ -50,7 +49,8 @@ def layers_of(model: nn.Module) -> list[STTLinear]:
     return [module for module in model.modules() if isinstance(module, STTLinear)]
 
 
-def assert_outputs(model: nn.Module, batch: dict[str, Tensor], expected: list[Tensor], tolerance: float = 1e-12) -> None:
+def assert_outputs(model: nn.Module, batch: dict[str, Tensor], expected: list[Tensor],
+                   tolerance: float = 1e-12) -> None:
     with torch.no_grad():
         actual = tiny.outputs(model, batch)
     assert len(actual) == len(expected)
@@ -143,9 +143,9 @@ def test_one_unit_and_one_site_are_enough(name: str) -> None:
     kept = {list(find_sites(model))[-1]: [7]}
     with torch.no_grad():
         expected = tiny.outputs(masked(model, kept), batch)
-    modules = {key: module for key, module in model.named_modules() if not list(module.children())}
+    before = dict(model.named_modules())
     assert_outputs(stt.apply(model, kept), batch, expected)
-    changed = {key for key, module in model.named_modules() if not list(module.children()) and module is not modules.get(key)}
+    changed = {key for key, module in model.named_modules() if module is not before.get(key)}
     assert changed == {key for key, module in model.named_modules() if isinstance(module, STTLinear)}
     assert list(model.stt_selection) == list(kept)
 
@@ -187,7 +187,8 @@ def test_reports() -> None:
     removed = (2 * 44 - 25) * 3 * tiny.HIDDEN
     assert stats == {"original_parameters": dense, "parameters": dense - removed, "kept_fraction_of_units": 25 / 88,
                      "overall_model_reduction_perc": pytest.approx(100 * removed / dense)}
-    assert transformer.get_transformed_mlp_blocks() == {f"model.layers.{i}.mlp": model.model.layers[i].mlp for i in (0, 1)}
+    blocks = {f"model.layers.{i}.mlp": model.model.layers[i].mlp for i in (0, 1)}
+    assert transformer.get_transformed_mlp_blocks() == blocks
     assert transformer.record_original_active_indices() == {"model.layers.0.mlp": [1, 5, 9],
                                                             "model.layers.1.mlp": list(range(22))}
     assert json.loads(model.config.to_json_string())["stt"] == {
@@ -374,3 +375,26 @@ def test_compile(compact: bool) -> None:
     with torch.no_grad():
         expected = tiny.outputs(model, batch)
     assert_outputs(torch.compile(model, backend="aot_eager"), batch, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FEW)
+def test_on_a_gpu_all_is_as_on_the_cpu(name: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    model, batch = tiny.build(name, torch.float64)
+    batch |= {"labels": torch.tensor([0, 1])} if name in ("bert", "vit") else {}
+    scores = ("stt", "wanda", "gate_product", "taylor", "random") if name != "t5" else ("stt", "wanda", "random")
+    expected = [stt.select(model, [batch], score=score, topk_ratio=0.3) for score in scores]
+    on_gpu = copy.deepcopy(model).to("cuda")
+    assert [stt.select(on_gpu, [batch], score=score, topk_ratio=0.3) for score in scores] == expected
+    both = [STTTransformer(each, expected[0]).transform() for each in (model, on_gpu)]
+    for each in both:
+        for layer in layers_of(each):
+            layer.inference_time = True
+            layer.pad_weights(16)
+    with torch.no_grad():
+        on_cpu = tiny.outputs(both[0], batch)
+        actual = tiny.outputs(both[1], {key: value.to("cuda") for key, value in batch.items()})
+    for ours, theirs in zip(actual, on_cpu, strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=0, atol=1e-10)

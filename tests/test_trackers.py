@@ -20,8 +20,12 @@ from stt.stt_tracker import STTTracker
 from stt.wanda_adapt_tracker import WandaAdaptTracker
 
 NAMES = {
-    "qwen2": "model_layers_{}_mlp_gate_proj", "phi3": "model_layers_{}_mlp_gate_up_proj", "gpt2": "transformer_h_{}_mlp_c_fc",
-    "opt": "model_decoder_layers_{}_fc1", "bert": "bert_encoder_layer_{}_intermediate_dense", "vit": "vit_layers_{}_mlp_fc1",
+    "qwen2": "model_layers_{}_mlp_gate_proj",
+    "phi3": "model_layers_{}_mlp_gate_up_proj",
+    "gpt2": "transformer_h_{}_mlp_c_fc",
+    "opt": "model_decoder_layers_{}_fc1",
+    "bert": "bert_encoder_layer_{}_intermediate_dense",
+    "vit": "vit_layers_{}_mlp_fc1",
 }
 
 
@@ -130,9 +134,11 @@ def test_published_arguments() -> None:
     defaults = {name: parameter.default for name, parameter in inspect.signature(STTTracker).parameters.items()}
     assert defaults == {"model": inspect.Parameter.empty, "tokenizer": None, "threshold": 0.01, "topk_ratio": 0.10,
                         "device": None, "verbose": False, "use_abs_for_rate": False}
-    assert list(inspect.signature(WandaAdaptTracker).parameters)[:5] == ["model", "tokenizer", "topk_ratio", "device", "verbose"]
-    assert list(inspect.signature(STTTracker.get_active_indices).parameters) == ["self", "dataloader"]
-    assert list(inspect.signature(WandaAdaptTracker.get_wanda_indices).parameters) == ["self", "dataloader", "scan_batches"]
+    for published, names in (
+            (WandaAdaptTracker, ["model", "tokenizer", "topk_ratio", "device", "verbose"]),
+            (STTTracker.get_active_indices, ["self", "dataloader"]),
+            (WandaAdaptTracker.get_wanda_indices, ["self", "dataloader", "scan_batches"])):
+        assert list(inspect.signature(published).parameters)[:len(names)] == names
     assert stt.STTTracker is STTTracker
 
 
@@ -212,9 +218,12 @@ def test_meta_says_where_the_selection_comes_from(llama: nn.Module) -> None:
     meta = STTTracker(llama, threshold=0.2, topk_ratio=0.3).get_active_indices(batches(0)).meta
     assert (meta["method"], meta["threshold"], meta["topk_ratio"], meta["keep_ratio"]) == ("stt", 0.2, 0.3, None)
     assert meta["widths"] == {f"model.layers.{i}.mlp": 44 for i in (0, 1)}
-    assert meta["fingerprint"] == find_sites(llama).fingerprint()
+    assert meta["fingerprint"] == find_sites(llama).fingerprint
     assert (meta["calibration"]["examples"], meta["calibration"]["tokens"]) == (6, 30)
     assert meta["versions"]["torch"] == torch.__version__
+    backwards = dict(reversed(list(STTTracker(llama).get_active_indices(batches(0)).items())))
+    assert list(stt.apply(llama, Selection(backwards, meta)).stt_selection) == list(meta["widths"])
+    assert llama.stt_selection.meta == meta
 
 
 def test_selection_works_where_published_code_used_a_dict(llama: nn.Module) -> None:
@@ -225,4 +234,4 @@ def test_selection_works_where_published_code_used_a_dict(llama: nn.Module) -> N
     from stt.stt_transformer import STTTransformer
 
     for given in (active, dict(active), underscored):
-        assert STTTransformer(llama, given, names).record_original_active_indices() == {s: i.tolist() for s, i in active.items()}
+        assert STTTransformer(llama, given, names).selection == active

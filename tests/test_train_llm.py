@@ -57,6 +57,34 @@ def test_every_mode_runs_and_leaves_a_whole_folder(mode, small, tmp_path, capsys
     assert (found["parameters"]["kept"] < found["parameters"]["dense"]) == is_selecting
 
 
+@pytest.mark.parametrize("flags", [
+    ["--dev_mode"], ["--apply_chat_template"], ["--head", "untie"], ["--count_padding"], ["--train_size", "8"],
+    ["--gradient_accumulation_steps", "2", "--no_schedule"], ["--max_grad_norm", "0"]], ids=" ".join)
+def test_flags_that_change_a_run(flags, small, tmp_path):
+    assert run(small, tmp_path, "--num_epoch", "1", *flags) == 0
+    assert results(tmp_path)["accuracy"]["n"] == (2 if flags == ["--dev_mode"] else 8)
+    assert load(tmp_path / "run" / "checkpoint").stt_selection == Selection.load(
+        tmp_path / "run" / "selection.safetensors")
+
+
+def test_half_precision_model(small, tmp_path):
+    """A bf16 checkpoint under autocast: what trains is and stays float32, the rest keeps its bits."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    shipped = CHECKOUT / "models" / "stt-tiny"
+    half = AutoModelForCausalLM.from_pretrained(shipped, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(shipped).save_pretrained(tmp_path / "half")
+    assert run(small, tmp_path, "--model", str(tmp_path / "half"), "--precision", "bf16", "--lr", "1e-3",
+               "--head", "freeze") == 0
+    trained, before = load(tmp_path / "run" / "checkpoint").state_dict(), half.state_dict()
+    for name, value in trained.items():
+        if ".mlp." in name:
+            assert value.dtype == torch.float32, name
+        else:
+            assert torch.equal(value, before[name]), name
+
+
 def test_budgets_match_site_by_site(small, tmp_path):
     """Every baseline keeps exactly as many neurons in every site as STT."""
     kept = {}

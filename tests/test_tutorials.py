@@ -43,8 +43,8 @@ class Rows(torch.utils.data.Dataset):
         self.rows = []
         for i in range(400):
             length = 2 + i % 5
-            ids = torch.cat([torch.randint(3, tiny.VOCABULARY, (length,), generator=generator), torch.zeros(6 - length).long()])
             mask = (torch.arange(6) < length).long()
+            ids = torch.randint(3, tiny.VOCABULARY, (6,), generator=generator) * mask
             labels = torch.where(mask == 1, ids, -100) if per_token else torch.tensor(i % 3)
             self.rows.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
 
@@ -111,7 +111,8 @@ def test_the_published_steps(name: str, dataset: torch.utils.data.Dataset, token
     tracker = STTTracker(model=model, tokenizer=tokenizer, threshold=0.01, topk_ratio=0.1, verbose=True)
     active = tracker.get_active_indices(dataloader=loader)
     names = tracker.get_layer_name_map()
-    sliced = STTTransformer(model=model, active_neurons=active, layer_name_map=names, verbose=True).transform().to(device)
+    transformer = STTTransformer(model=model, active_neurons=active, layer_name_map=names, verbose=True)
+    sliced = transformer.transform().to(device)
     narrow = [module for module in sliced.modules() if isinstance(module, STTLinear)]
     assert len(narrow) == 2 * (2 if tokenizer is None or name == "bert" else 3)
     assert sum(p.numel() for p in sliced.parameters()) < dense
@@ -142,7 +143,7 @@ def test_the_published_steps(name: str, dataset: torch.utils.data.Dataset, token
     for key, module in sliced.named_modules():
         if isinstance(module, STTLinear):
             switch(key, module)
-            torch.testing.assert_close(outputs(sliced, batch), before, rtol=0, atol=1e-5)  # at every moment of the switch
+            torch.testing.assert_close(outputs(sliced, batch), before, rtol=0, atol=1e-5)  # at every moment
     assert all(module.is_compact for module in narrow)
     assert {module.out_features if module.in_indices is None else module.in_features for module in narrow} == {128}
 

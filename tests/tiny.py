@@ -1,7 +1,7 @@
 """Random two-layer models of every supported architecture, small enough to build in milliseconds.
 
-Every parameter is drawn anew, biases and norm weights too, so that a forgotten bias or a swapped channel shows. Sizes that
-could be confused differ: 32 hidden, 44 neurons, 97 tokens.
+Every parameter is drawn anew, biases and norm weights too, so that a forgotten bias or a swapped channel shows. Sizes
+that could be confused differ: 32 hidden, 44 neurons, 97 tokens.
 """
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ GPT2 = {"vocab_size": VOCABULARY, "n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "
         "bos_token_id": 1, "eos_token_id": 2}
 T5 = {"vocab_size": VOCABULARY, "d_model": HIDDEN, "d_kv": 8, "d_ff": NEURONS, "num_layers": 2, "num_heads": 4,
       "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2}
-BART = {"vocab_size": VOCABULARY, "d_model": HIDDEN, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": NEURONS,
-        "decoder_ffn_dim": NEURONS + 6, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
-        "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-        "decoder_start_token_id": 2, "forced_eos_token_id": None}
+BART = {"vocab_size": VOCABULARY, "d_model": HIDDEN, "encoder_layers": 2, "decoder_layers": 2,
+        "encoder_ffn_dim": NEURONS, "decoder_ffn_dim": NEURONS + 6, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
+        "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": None}
 VIT = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": NEURONS,
        "image_size": 8, "patch_size": 4, "num_channels": 3, "num_labels": 3}
 
@@ -83,8 +83,8 @@ ARCHITECTURES: dict[str, Callable[[], Built]] = {
     "phi3": partial(_text, "Phi3ForCausalLM", **GQA),
     "gpt2": partial(_text, "GPT2LMHeadModel", **GPT2),
     "gpt_neo": partial(_text, "GPTNeoForCausalLM", vocab_size=VOCABULARY, hidden_size=HIDDEN, num_layers=2, num_heads=4,
-                       intermediate_size=NEURONS, max_position_embeddings=64, attention_types=[[["global", "local"], 1]],
-                       bos_token_id=1, eos_token_id=2),
+                       intermediate_size=NEURONS, max_position_embeddings=64,
+                       attention_types=[[["global", "local"], 1]], bos_token_id=1, eos_token_id=2),
     "gpt_neox": partial(_text, "GPTNeoXForCausalLM", **DECODER, intermediate_size=NEURONS),
     "gptj": partial(_text, "GPTJForCausalLM", **GPT2, rotary_dim=4),
     "gpt_bigcode": partial(_text, "GPTBigCodeForCausalLM", **GPT2),
@@ -110,15 +110,16 @@ ARCHITECTURES: dict[str, Callable[[], Built]] = {
     "albert": partial(_text, "AlbertForSequenceClassification", **ENCODER, embedding_size=16),
     "electra": partial(_text, "ElectraForSequenceClassification", **ENCODER, embedding_size=16),
     "deberta-v2": partial(_text, "DebertaV2ForSequenceClassification", **ENCODER, relative_attention=True,
-                          position_buckets=8, pos_att_type=["p2c", "c2p"], norm_rel_ebd="layer_norm", share_att_key=True),
-    "modernbert": partial(_text, "ModernBertForSequenceClassification", **ENCODER | {"cls_token_id": 1, "sep_token_id": 2},
+                          position_buckets=8, pos_att_type=["p2c", "c2p"], norm_rel_ebd="layer_norm",
+                          share_att_key=True),
+    "modernbert": partial(_text, "ModernBertForSequenceClassification", **ENCODER, cls_token_id=1, sep_token_id=2,
                           mlp_bias=True),
     "mpnet": partial(_text, "MPNetForSequenceClassification", **ENCODER),
     "esm": partial(_text, "EsmForSequenceClassification", **ENCODER, mask_token_id=4),
     "longformer": partial(_text, "LongformerForSequenceClassification", **ENCODER, attention_window=4),
     # encoder-decoders
     "t5": partial(_text, "T5ForConditionalGeneration", **T5),
-    "mt5": partial(_text, "MT5ForConditionalGeneration", **T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    "mt5": partial(_text, "MT5ForConditionalGeneration", **T5, feed_forward_proj="gated-gelu"),
     "bart": partial(_text, "BartForConditionalGeneration", **BART),
     "marian": partial(_text, "MarianMTModel", **BART),
     "m2m_100": partial(_text, "M2M100ForConditionalGeneration", **BART),
@@ -154,7 +155,7 @@ REFUSED: dict[str, tuple[Callable[[], Built], str]] = {  # builder, the reason i
 def build(name: str, dtype: torch.dtype = torch.float32) -> Built:
     """A fresh model in evaluation mode and a batch for it."""
     model, batch = (ARCHITECTURES | PARTLY)[name]()
-    return model.to(dtype), {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
+    return model.to(dtype), {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
 
 
 def outputs(model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:

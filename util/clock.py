@@ -13,6 +13,11 @@ class Clock:
         self._started = time.perf_counter()
         self._laps: dict[str, float] = {}
 
+    def add(self, name: str, seconds: float) -> None:
+        """Seconds of a lap, and of the whole, that were spent in an earlier process."""
+        self._laps[name] = self._laps.get(name, 0.0) + seconds
+        self._started -= seconds
+
     @contextmanager
     def lap(self, name: str) -> Iterator[None]:
         started = time.perf_counter()

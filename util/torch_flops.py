@@ -7,6 +7,7 @@ number is the same on CPU and GPU and under eager attention.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
@@ -53,12 +54,18 @@ def training_flops(model: nn.Module, batch: Batch, loss: Callable[[nn.Module, Ba
         return _count(lambda: torch.autograd.grad(objective(model, batch), trainable, allow_unused=True))
 
 
-def run_flops(training_batch: int, steps: int, inference_example: int, selection_example: int = 0,
-              selection_examples: int = 0) -> dict[str, int]:
-    """The `flops` entry of results.json from counts of one batch and one example each: the selection pass, all
-    training `steps` (forward passes, not optimizer steps), and the forward pass of one example."""
-    selection = {"selection": selection_example * selection_examples} if selection_examples else {}
-    return {**selection, "training": training_batch * steps, "inference": inference_example}
+def by_length(count: Callable[[int], int]) -> Callable[[int], int]:
+    """`count(length)` for every length from three counts: the FLOPs of a transformer are a polynomial of degree 2 in
+    the number of tokens (projections are linear in it, attention quadratic), so this is exact."""
+    first, step = 4, 4
+    a, b, c = (count(first + i * step) for i in range(3))
+
+    def at(length: int) -> int:  # Newton's forward differences
+        x = Fraction(length - first, step)
+        value = a + x * (b - a) + x * (x - 1) / 2 * (c - 2 * b + a)
+        assert value.denominator == 1, "the counts are not a polynomial of degree 2"
+        return int(value)
+    return at
 
 
 def _count(work: Callable[[], object]) -> int:

@@ -109,6 +109,7 @@ class RunFolder:
     def __init__(self, path: str | Path, overwrite: bool = False, resume: bool = False):
         """Raises InputError if the run must not be written here; touches nothing."""
         self.path, self._resume = Path(path), resume
+        self.seconds = 0.0  # of training, before a resumption
         self._sink: Sink = NoSink()
         try:
             refusal = _refusal(self.path, overwrite, resume)
@@ -152,6 +153,7 @@ class RunFolder:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         rows = [row for row in map(_row, lines) if row is not None and row.get("step", 0) <= step]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        self.seconds = max((row.get("seconds", 0.0) for row in rows), default=0.0)
 
 
 def _refusal(path: Path, overwrite: bool, resume: bool) -> str | None:

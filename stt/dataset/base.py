@@ -68,7 +68,7 @@ def prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase, max_length:
 
 def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int,
            chat: bool = False) -> dict[str, list[int]]:
-    """`input_ids` = prompt, answer, end token; `labels` = the same with -100 on the prompt. At most `max_length` long.
+    """`input_ids` = prompt, answer, end token; `labels` = the same, IGNORED on the prompt. At most `max_length` long.
 
     Prompt and answer are tokenised apart, so the prompt equals `prompt_ids`. With `chat` the prompt is one user turn of
     the tokenizer's chat template, and the answer loses its leading space.
@@ -176,7 +176,7 @@ def dev_split(task: Task, fraction: float, seed: int) -> Task:
     return replace(task, train=train, test=test)
 
 
-def limit(task: Task, train_size: int) -> Task:
+def limit(task: Task, train_size: int, seed: int) -> Task:
     """The task with `train_size` random training examples; 0 = all. A bigger size only adds to a smaller one."""
     if train_size < 0:
         raise InputError(f"train_size must be 0 (all) or more, got {train_size}.")
@@ -184,7 +184,7 @@ def limit(task: Task, train_size: int) -> Task:
         logger.warning("train_size %d: task %s has only %d examples", train_size, task.name, len(task.train))
     if train_size == 0 or train_size >= len(task.train):
         return task
-    return replace(task, train=_split_off(task.train, train_size, seed=0)[0])
+    return replace(task, train=_split_off(task.train, train_size, seed)[0])
 
 
 def complete_splits(splits: dict[str, list[Example]], name: str) -> dict[str, list[Example]]:

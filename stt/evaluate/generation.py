@@ -32,7 +32,7 @@ def generate_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     if batch_size < 1:
         raise InputError(f"the evaluation batch size must be at least 1, got {batch_size}.")
     prompts = [prompt_ids(example, tokenizer, max_length, chat) for example in examples]
-    _check_positions(model, max(map(len, prompts)), task.max_new_tokens)
+    check_positions(model, max(map(len, prompts)), task.max_new_tokens)
     config = _greedy(tokenizer, task.max_new_tokens)
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # little padding; memory fails at once
     responses = [""] * len(prompts)
@@ -93,7 +93,7 @@ def _own_settings_aside(model: nn.Module) -> Iterator[None]:
             module.generation_config = config
 
 
-def _check_positions(model: PreTrainedModel, longest_prompt: int, max_new_tokens: int) -> None:
+def check_positions(model: PreTrainedModel, longest_prompt: int, max_new_tokens: int) -> None:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # None: no limit (BLOOM)
     if positions is not None and longest_prompt + max_new_tokens > positions:
         raise InputError(f"a prompt of {longest_prompt} tokens and {max_new_tokens} new ones pass the {positions}"

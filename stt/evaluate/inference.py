@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from stt.trace import evaluating
+
 
 @contextmanager
 def inference(model: nn.Module, autocast_dtype: torch.dtype | None = None) -> Iterator[torch.device]:
@@ -15,11 +17,6 @@ def inference(model: nn.Module, autocast_dtype: torch.dtype | None = None) -> It
     Afterwards every module is back in the mode, train or eval, it was in by itself.
     """
     device = next(model.parameters()).device
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode(), torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
-            yield device
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(model), torch.inference_mode(), \
+            torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
+        yield device

@@ -1,6 +1,7 @@
 """Everything a decoder run measures: accuracy, perplexity, speed, FLOPs, and the restored dense model."""
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stt.checkpoint import restore
 from stt.dataset import Example, Task, prompt_ids
-from stt.evaluate.generation import accuracy, generate_answers, left_padded, majority_accuracy
+from stt.evaluate.generation import accuracy, check_positions, generate_answers, left_padded, majority_accuracy
 from stt.evaluate.perplexity import perplexity
 from stt.evaluate.throughput import compare_throughput
 from stt.loading import load_model
-from stt.trainers.sft import Encoded, collate
-from util.torch_flops import forward_flops, run_flops, training_flops
+from stt.trainers.sft import Encoded
+from util.torch_flops import by_length, forward_flops, training_flops
 
 NEW_TOKENS = 16  # decoded per row when speed is measured
 
@@ -55,39 +56,53 @@ class Judge:
         return perplexity(model, self.tokenizer, self.text, autocast_dtype=self.autocast_dtype)
 
     def throughput(self, model: PreTrainedModel, is_sliced: bool) -> dict[str, object]:
-        """The trained model beside the dense one it came from (alone if it is dense itself), on the same prompts."""
+        """The trained model beside the dense one it came from (alone if it is dense itself), on the same prompts, both
+        in the compute dtype, as they would be deployed."""
         prompts = [prompt_ids(example, self.tokenizer, self.max_length, self.chat)
                    for example in self.task.test[:self.batch_size]]
         batch = left_padded(prompts, self.tokenizer.pad_token_id, model.device)
-        dense = self._dense(model.device) if is_sliced else model
-        return compare_throughput(dense, model if is_sliced else None, batch, NEW_TOKENS,
-                                  autocast_dtype=self.autocast_dtype)
+        deployed = copy.deepcopy(model).to(self.autocast_dtype or torch.float32)
+        if not is_sliced:
+            return compare_throughput(deployed, None, batch, NEW_TOKENS)
+        dense = load_model(self.model_name, self.autocast_dtype, model.device).to(deployed.dtype)
+        return compare_throughput(dense, deployed, batch, NEW_TOKENS)
 
     def restored(self, model: PreTrainedModel) -> float:
-        """Test accuracy with the removed neurons put back: the trained units in the dense model they came from."""
-        dense = self._dense(model.device)
+        """Test accuracy with the removed neurons put back: the trained units in the dense model they came from, all in
+        float32, so that no trained value is rounded."""
+        dense = load_model(self.model_name, None, model.device)
         restore(model, dense)
         return self.accuracy(dense, self.task.test)
 
-    def flops(self, model: PreTrainedModel, encoded: Sequence[Encoded], passes: int, selection: int) -> dict[str, int]:
-        """The `flops` entry of results.json, at the example of median length: `selection` FLOPs, `passes` examples
-        through a training step, and one forward pass of the model as it is now."""
-        example = self._median_example(model, encoded)
-        with torch.autocast(model.device.type, self.autocast_dtype, enabled=bool(self.autocast_dtype)):
-            counted = run_flops(training_flops(model, example), passes, forward_flops(model, example))
-        return {**({"selection": selection} if selection else {}), **counted}
-
     def selection_flops(self, model: PreTrainedModel, encoded: Sequence[Encoded]) -> int:
-        """FLOPs of one pass of the model without its head over `encoded`, each as long as the median one."""
-        example = self._median_example(model, encoded)
-        del example["labels"]
-        return forward_flops(model.get_decoder(), example) * len(encoded)
+        """FLOPs of one pass of the model without its head over `encoded`, every example at its own length."""
+        body = model.get_decoder()
+        count = by_length(lambda length: forward_flops(body, {"input_ids": self._ids(model, length)}))
+        return sum(count(len(row["input_ids"])) for row in encoded)
 
-    def _median_example(self, model: PreTrainedModel, encoded: Sequence[Encoded]) -> dict[str, torch.Tensor]:
-        """A batch of the one example of median length."""
-        ordered = sorted(encoded, key=lambda row: len(row["input_ids"]))
-        batch = collate(self.tokenizer.pad_token_id)([ordered[len(ordered) // 2]])
-        return {name: tensor.to(model.device) for name, tensor in batch.items()}
+    def training_flops(self, model: PreTrainedModel, encoded: Sequence[Encoded], epochs: int) -> int:
+        """FLOPs of `epochs` forward and backward passes over `encoded`, every example at its own length."""
+        def one(length: int) -> int:
+            ids = self._ids(model, length)
+            with torch.autocast(model.device.type, self.autocast_dtype, enabled=bool(self.autocast_dtype)):
+                return training_flops(model, {"input_ids": ids, "labels": ids})
+        count = by_length(one)
+        return epochs * sum(count(len(row["input_ids"])) for row in encoded)
 
-    def _dense(self, device: torch.device) -> PreTrainedModel:
-        return load_model(self.model_name, self.autocast_dtype, device)
+    def inference_flops(self, model: PreTrainedModel) -> int:
+        """FLOPs of reading all test prompts once, divided by their number."""
+        with torch.autocast(model.device.type, self.autocast_dtype, enabled=bool(self.autocast_dtype)):
+            count = by_length(lambda length: forward_flops(model, {"input_ids": self._ids(model, length)}))
+        lengths = [len(prompt_ids(example, self.tokenizer, self.max_length, self.chat)) for example in self.task.test]
+        return round(sum(map(count, lengths)) / len(lengths))
+
+    def check_lengths(self, model: PreTrainedModel, encoded: Sequence[Encoded]) -> None:
+        """Raises InputError if an example to train on, or a prompt with its answer, passes the model's positions."""
+        check_positions(model, max(len(row["input_ids"]) for row in encoded), 0)
+        prompts = [prompt_ids(example, self.tokenizer, self.max_length, self.chat)
+                   for example in (*self.task.validation, *self.task.test)]
+        check_positions(model, max(map(len, prompts)), self.task.max_new_tokens)
+
+    def _ids(self, model: PreTrainedModel, length: int) -> torch.Tensor:
+        """Any ids: FLOPs do not depend on them."""
+        return torch.full((1, length), self.tokenizer.eos_token_id, device=model.device)

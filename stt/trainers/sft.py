@@ -61,6 +61,28 @@ class SFTTrainer(Trainer):
         return metrics
 
 
+    def training_step(self, *args: object, **kwargs: object) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not loss.isfinite():
+            raise TrainingFailed(failure("the loss", self.state, Path(self.args.output_dir)))
+        return loss
+
+    def _issue_warnings_after_load(self, load_result: object) -> None:
+        """A tied head is not in the file, and comes back by tying; anything else amiss is an error, not a warning."""
+        missing = set(load_result.missing_keys) - set(self.model.all_tied_weights_keys)
+        if missing or load_result.unexpected_keys:
+            raise InputError(f"the checkpoint is of another model: {len(missing)} tensors are missing and "
+                             f"{len(load_result.unexpected_keys)} unknown; start again with --overwrite")
+
+
+def failure(what: str, state: TrainerState, folder: Path) -> str:
+    """The sentence for a number that is none: when, and what is left."""
+    kept = get_last_checkpoint(str(folder))
+    left = f"{kept} is the last good checkpoint" if kept else "there is no checkpoint yet"
+    return (f"{what} became NaN or infinite at step {state.global_step + 1}, before its update; {left}. "
+            "Lower --lr or check the data, and start again with --overwrite")
+
+
 class Bar(ProgressCallback):
     """Trainer's progress bar without the numbers, which go to the record."""
 
@@ -71,9 +93,9 @@ class Bar(ProgressCallback):
 class Record(TrainerCallback):
     """Writes what Trainer logs into the run's record, and stops before an update that is not a number."""
 
-    def __init__(self, log: Callable[..., None]):
+    def __init__(self, log: Callable[..., None], seconds_before: float = 0.0):
         self.write = log
-        self.started = time.perf_counter()
+        self.started = time.perf_counter() - seconds_before
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None,
                **_: object) -> None:
@@ -90,8 +112,13 @@ class Record(TrainerCallback):
             return
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         if not torch.stack([g.isfinite().all() for g in gradients]).all():
-            raise TrainingFailed(f"the gradient became NaN or infinite at step {state.global_step + 1}, before its "
-                                 "update: lower --lr, or check the data; the checkpoints before it are kept")
+            raise TrainingFailed(failure("the gradient", state, Path(args.output_dir)))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+                model: nn.Module | None = None, **_: object) -> None:
+        selection = getattr(model, "stt_selection", None)
+        if selection is not None:  # stt.load reads it
+            selection.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / "selection.safetensors")
 
 
 def training_arguments(args: LLMArgs, folder: Path, device: torch.device,
@@ -110,15 +137,17 @@ def training_arguments(args: LLMArgs, folder: Path, device: torch.device,
 
 
 def train(model: nn.Module, encoded: Sequence[Encoded], pad_id: int, arguments: TrainingArguments,
-          log: Callable[..., None], validate: Callable[[], float] | None = None, resume: bool = False) -> TrainerState:
-    """Train what requires gradients; the state after the last step.
+          log: Callable[..., None], validate: Callable[[], float] | None = None, resume: bool = False,
+          seconds_before: float = 0.0) -> TrainerState:
+    """Train what requires gradients; the state after the last step. `seconds_before` were spent before a resumption.
 
     Raises TrainingFailed for a loss or gradient that is not a number or for too little memory, and InputError if there
     is nothing to resume.
     """
     check_trained_dtype(model)
     trainer = SFTTrainer(model=model, args=arguments, train_dataset=list(encoded), data_collator=collate(pad_id),
-                         eval_dataset=[] if validate else None, validate=validate, callbacks=[Record(log)])
+                         eval_dataset=[] if validate else None, validate=validate,
+                         callbacks=[Record(log, seconds_before)])
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(Bar)
