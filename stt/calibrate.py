@@ -17,13 +17,12 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.loss.loss_utils import LOSS_MAPPING
-from transformers.pytorch_utils import Conv1D
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from stt.errors import InputError
 from stt.mlps.stt_linear import STTLinear
 from stt.scores.base import Score, Seen
-from stt.sites import Site, Sites
+from stt.sites import Site, Sites, projection_weight
 from stt.trace import evaluating
 
 Batch = Mapping[str, object] | Tensor | tuple | list
@@ -76,7 +75,7 @@ def calibrate(model: nn.Module, sites: Sites, scores: list[Score], batches: Iter
 def gate_weight(model: nn.Module, site: Site) -> Tensor:
     """Rows of the gate projection that belong to the units: (F, D) float32, detached."""
     module = model.get_submodule(site.gate_module)
-    weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+    weight = projection_weight(module)
     return weight.detach()[site.gate.to(weight.device)].float()
 
 

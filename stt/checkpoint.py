@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from stt.errors import InputError
 from stt.mlps.stt_linear import STTLinear
 from stt.selection import FORMAT_VERSION, Selection
-from stt.sites import find_sites
+from stt.sites import find_sites, projection_weight
 from stt.stt_transformer import apply, selection_for
 from stt.surgery import head_is_tied, untie_head
 
@@ -120,7 +120,7 @@ def restore(sliced: PreTrainedModel, dense: PreTrainedModel) -> None:
     with torch.no_grad():
         for site, member, ids in members:
             module = dense.get_submodule(member.module)
-            weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+            weight = projection_weight(module)
             channels = site.pick(member, ids).to(weight.device)
             _fill(weight, 0 if member.side == "out" else 1, channels, values.pop(f"{member.module}.weight"))
             bias = values.pop(f"{member.module}.bias", None)

@@ -55,7 +55,7 @@ def check_decoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         logits, other = (model(input_ids=each).logits[:, :-1] for each in (ids, changed))
     if not logits.isfinite().all():
         raise InputError(f"the weights of this {type(model).__name__} give NaN or infinite outputs: give intact ones")
-    if not torch.allclose(logits, other, rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
+    if not torch.allclose(logits, other, rtol=1e-5, atol=1e-5 * float(logits.abs().max())):
         raise InputError(f"{type(model).__name__} is no decoder (its tokens see later ones): give a causal model")
 
 

@@ -21,16 +21,20 @@ STT = ("activation_mean", "activation_rate")
 @dataclass(frozen=True)
 class Budget:
     """How many units a site keeps: the best `topk_ratio` by each score (STT keeps the union of two such sets), exactly
-    `keep_ratio` of the site, or exactly `counts[site]`. Raises InputError for a ratio outside (0, 1]."""
+    `keep_ratio` of the site, or exactly `counts[site]`. `across_sites` keeps `keep_ratio` of all sites together, by one
+    ranking of one score. Raises InputError for a ratio outside (0, 1]."""
 
     topk_ratio: float = 0.3
     keep_ratio: float | None = None
     counts: Mapping[str, int] | None = None
+    across_sites: bool = False
 
     def __post_init__(self) -> None:
         budget.check_ratio("topk_ratio", self.topk_ratio)
         if self.keep_ratio is not None:
             budget.check_ratio("keep_ratio", self.keep_ratio)
+        if self.across_sites and (self.keep_ratio is None or self.counts is not None):
+            raise InputError("across_sites ranks all units of the model together: give keep_ratio, no sizes to match")
 
 
 @dataclass(frozen=True)
@@ -45,18 +49,19 @@ class Measured:
 
 def select(model: nn.Module, data: Iterable[Batch] = (), tokenizer: PreTrainedTokenizerBase | None = None, *,
            score: str = "stt", topk_ratio: float = 0.3, keep_ratio: float | None = None,
-           like: Mapping[str, Tensor] | None = None, threshold: float = 0.01, seed: int = 42,
-           count_padding: bool = False) -> Selection:
+           like: Mapping[str, Tensor] | None = None, across_sites: bool = False, threshold: float = 0.01,
+           seed: int = 42, count_padding: bool = False) -> Selection:
     """The neurons of `model` worth keeping, judged on `data` (an iterable of batches).
 
     `score` is "stt" (the union of the best by mean activation and by activation rate) or the name of one score; `like`
-    is a selection whose sizes to match. Raises InputError for an unknown score, a ratio outside (0, 1], empty data, or
+    is a selection whose sizes to match; `across_sites` ranks all units of the model together, by one score whose values
+    compare between sites. Raises InputError for an unknown score, a ratio outside (0, 1], empty data, or
     a model without sites.
 
     >>> selection = stt.select(model, batches, tokenizer, keep_ratio=0.3)
     """
     counts = None if like is None else {site: len(ids) for site, ids in like.items()}
-    size = Budget(topk_ratio, keep_ratio, counts)
+    size = Budget(topk_ratio, keep_ratio, counts, across_sites)
     measured = measure(model, data, tokenizer, [score], threshold=threshold, seed=seed, count_padding=count_padding)
     return keep(measured, score, size)
 
@@ -87,9 +92,15 @@ def keep(measured: Measured, method: str, size: Budget) -> Selection:
             wrong = f"names {name!r}, which is no" if is_extra else f"misses {name!r}, which is a"
             raise InputError(f"the budget {wrong} site of this model: "
                              f"give the number of units of each of its {len(measured.sites)} sites")
-    units = {site: _kept([measured.scores[name][site] for name in scores_of(method)], size, site)
-             for site in measured.sites}
-    meta = {"method": method, "topk_ratio": size.topk_ratio, "keep_ratio": size.keep_ratio, **measured.options,
+    names = scores_of(method)
+    if size.across_sites:
+        if len(names) > 1:
+            raise InputError(f"across_sites needs one score, {method!r} has {len(names)}: use {' or '.join(names)}")
+        units = budget.global_top(measured.scores[method], size.keep_ratio)
+    else:
+        units = {site: _kept([measured.scores[name][site] for name in names], size, site) for site in measured.sites}
+    meta = {"method": method, "topk_ratio": size.topk_ratio, "keep_ratio": size.keep_ratio,
+            "across_sites": size.across_sites, **measured.options,
             "calibration": {"digest": measured.calibration.digest, "tokens": measured.calibration.tokens,
                             "examples": measured.calibration.examples},
             "widths": {site.name: site.width for site in measured.sites.values()},

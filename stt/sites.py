@@ -82,9 +82,10 @@ class Sites(Mapping[str, Site]):
     def __len__(self) -> int:
         return len(self.found)
 
-    @property
-    def is_partial(self) -> bool:
-        return any(entry.is_loss for entry in self.left_out)
+
+def projection_weight(module: nn.Module) -> Tensor:
+    """The weight of a Linear or Conv1D as (out, in)."""
+    return module.weight.T if isinstance(module, Conv1D) else module.weight
 
 
 def find_sites(model: nn.Module, example: Mapping[str, Tensor] | None = None) -> Sites:

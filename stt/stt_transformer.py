@@ -6,12 +6,11 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from stt.errors import InputError
 from stt.mlps.stt_linear import SiteLayout, STTLinear
 from stt.selection import FORMAT_VERSION, Ids, Selection
-from stt.sites import Member, Site, Sites, find_sites
+from stt.sites import Member, Site, Sites, find_sites, projection_weight
 from stt.surgery import replace_module
 
 logger = logging.getLogger(__name__)
@@ -77,9 +76,9 @@ class STTTransformer:
         layers = []
         for member in site.members:
             module = self.model.get_submodule(member.module)
-            weight = module.weight.T if isinstance(module, Conv1D) else module.weight
             side = {"out_indices" if member.side == "out" else "in_indices": site.pick(member, ids)}
-            layer = STTLinear.from_weights(weight, module.bias, **side, inference_time=self.inference_time)
+            layer = STTLinear.from_weights(projection_weight(module), module.bias, **side,
+                                           inference_time=self.inference_time)
             if member.channels.shape[1] > 1:  # fused gate and up
                 layer.blocks, layer.interleaved = _fused_order(member)
             layers.append(layer.train(module.training))

@@ -25,3 +25,11 @@ def data_dir() -> Path:
     if not Path(given).is_dir():
         pytest.skip(f"STT_TEST_DATA={given} is no folder")
     return Path(given)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags of a run of seconds (small_runs.py)."""
+    from small_runs import small_flags
+
+    return small_flags(tmp_path_factory.mktemp("small"))

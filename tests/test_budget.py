@@ -129,6 +129,18 @@ def test_keep_by_each_budget(measured) -> None:
     assert all(ids.tolist() == list(range(44)) for ids in keep(measured, "stt", Budget(topk_ratio=1.0)).values())
 
 
+def test_one_ranking_over_all_sites(measured) -> None:
+    selection = keep(measured, "magnitude", Budget(keep_ratio=0.25, across_sites=True))
+    scored = [(-float(value), i, site, unit) for i, (site, score) in enumerate(measured.scores["magnitude"].items())
+              for unit, value in enumerate(score)]
+    expected = sorted((site, unit) for _, _, site, unit in sorted(scored)[:round(0.25 * len(scored))])
+    assert sorted((site, int(unit)) for site, ids in selection.items() for unit in ids) == expected
+    with pytest.raises(InputError, match="needs one score, 'stt' has 2"):
+        keep(measured, "stt", Budget(keep_ratio=0.25, across_sites=True))
+    with pytest.raises(InputError, match="give keep_ratio"):
+        Budget(across_sites=True)
+
+
 @pytest.mark.parametrize("count", [0, -1, 45])
 def test_impossible_counts(measured, count: int) -> None:
     counts = dict.fromkeys(measured.sites, 3) | {"model.layers.1.mlp": count}

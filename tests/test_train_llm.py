@@ -1,4 +1,4 @@
-"""The recipe end to end on the shipped model and a little of the shipped data; bad input; interruption and resume."""
+"""The recipe end to end on the shipped model and a little of the shipped data; interruption and resume."""
 from __future__ import annotations
 
 import json
@@ -7,34 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_runs import SHIPPED, results, run
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import train_llm
-from stt import cli, modes, verbs
-from stt.arguments import CHECKOUT, LLMArgs
+from stt import modes, verbs
 from stt.checkpoint import load
 from stt.selection import Selection
 
 SELECTING = [name for name, mode in modes.MODES.items() if mode.score]
-
-
-@pytest.fixture(scope="session")
-def small(tmp_path_factory) -> list[str]:
-    """Flags for a run of seconds: 24 training stories, 8 to validate and to test, a short text."""
-    folder = tmp_path_factory.mktemp("small")
-    for split, count in (("train", 24), ("val", 8), ("test", 8)):
-        rows = json.loads((CHECKOUT / "datasets" / "clutrr" / f"{split}.json").read_text())
-        (folder / f"{split}.json").write_text(json.dumps(rows[:count]))
-    (folder / "text.md").write_text((CHECKOUT / "models" / "stt-tiny" / "heldout.txt").read_text()[:2000])
-    return ["--data_dir", str(folder), "--ppl_text", str(folder / "text.md"), "--train_batch", "4", "--num_epoch", "2",
-            "--active_sample_ratio", "0.5", "--log_interval", "1"]
-
-
-def run(small: list[str], folder: Path, *flags: str) -> int:
-    return cli.run(train_llm.main, LLMArgs, [*small, "--output_dir", str(folder), "--run_name", "run", *flags])
-
-
-def results(folder: Path) -> dict:
-    return json.loads((folder / "run" / "results.json").read_text())
 
 
 @pytest.mark.parametrize("mode", modes.MODES)
@@ -57,27 +37,91 @@ def test_every_mode_runs_and_leaves_a_whole_folder(mode, small, tmp_path, capsys
     assert (found["parameters"]["kept"] < found["parameters"]["dense"]) == is_selecting
 
 
-@pytest.mark.parametrize("flags", [
-    ["--dev_mode"], ["--apply_chat_template"], ["--head", "untie"], ["--count_padding"], ["--train_size", "8"],
-    ["--gradient_accumulation_steps", "2", "--no_schedule"], ["--max_grad_norm", "0"]], ids=" ".join)
-def test_flags_that_change_a_run(flags, small, tmp_path):
+def losses(folder: Path) -> list[float]:
+    rows = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+@pytest.fixture(scope="session")
+def plain(small, tmp_path_factory) -> Path:
+    """A run of one epoch that the flags below are compared with."""
+    folder = tmp_path_factory.mktemp("plain")
+    assert run(small, folder, "--num_epoch", "1") == 0
+    return folder
+
+
+@pytest.mark.parametrize("flags", [["--apply_chat_template"], ["--head", "untie"], ["--head", "freeze"],
+                                   ["--max_grad_norm", "0"], ["--no_schedule"], ["--wd", "0.9"], ["--tune_attn"],
+                                   ["--keep_ratio", "0.9"], ["--active_threshold", "5"], ["--seed", "1"]], ids=" ".join)
+def test_every_flag_changes_the_training(flags, small, plain, tmp_path):
     assert run(small, tmp_path, "--num_epoch", "1", *flags) == 0
-    assert results(tmp_path)["accuracy"]["n"] == (2 if flags == ["--dev_mode"] else 8)
+    assert losses(tmp_path) != losses(plain)
+    assert len(losses(tmp_path)) == len(losses(plain)) == 6
     assert load(tmp_path / "run" / "checkpoint").stt_selection == Selection.load(
         tmp_path / "run" / "selection.safetensors")
 
 
-def test_half_precision_model(small, tmp_path):
-    """A bf16 checkpoint under autocast: what trains is and stays float32, the rest keeps its bits."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def test_steps_follow_from_sizes(small, tmp_path):
+    flags = ["--num_epoch", "1", "--no_eval_epochs"]
+    assert run(small, tmp_path / "few", *flags, "--train_size", "8") == 0
+    assert run(small, tmp_path / "accumulated", *flags, "--gradient_accumulation_steps", "2") == 0
+    assert run(small, tmp_path / "dev", *flags, "--dev_mode") == 0
+    assert [len(losses(tmp_path / name)) for name in ("few", "accumulated", "dev")] == [2, 3, 6]
+    assert results(tmp_path / "dev")["accuracy"]["n"] == 2  # a tenth of 24
+    assert "held-out accuracy" in (tmp_path / "dev" / "run" / "report.md").read_text()
 
-    shipped = CHECKOUT / "models" / "stt-tiny"
-    half = AutoModelForCausalLM.from_pretrained(shipped, dtype=torch.bfloat16)
-    half.save_pretrained(tmp_path / "half")
-    AutoTokenizer.from_pretrained(shipped).save_pretrained(tmp_path / "half")
-    assert run(small, tmp_path, "--model", str(tmp_path / "half"), "--precision", "bf16", "--lr", "1e-3",
-               "--head", "freeze") == 0
-    trained, before = load(tmp_path / "run" / "checkpoint").state_dict(), half.state_dict()
+
+def test_flops_add_up_over_the_examples(small, plain):
+    """Every example at its own length, counted one by one."""
+    from stt.dataset import encode_all, load_task
+    from stt.loading import load_tokenizer
+    from util.torch_flops import forward_flops
+
+    found = results(plain)
+    model = load(plain / "run" / "checkpoint")
+    rows, _ = encode_all(load_task("clutrr", small[1]).train, load_tokenizer(found["model"]), 256)
+    forward = sum(forward_flops(model, {"input_ids": torch.ones(1, len(row["input_ids"]), dtype=torch.long)})
+                  for row in rows)
+    assert forward < found["flops"]["training"] < 3 * forward  # frozen attention needs no weight gradients
+    assert found["flops"]["inference"] < forward / len(rows)  # a prompt is shorter than prompt and answer
+
+
+@pytest.fixture(scope="session")
+def half(tmp_path_factory) -> Path:
+    """stt-tiny in bf16."""
+    folder = tmp_path_factory.mktemp("half")
+    AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(SHIPPED).save_pretrained(folder)
+    return folder
+
+
+HALF = ["--precision", "bf16", "--lr", "1e-3", "--num_epoch", "1", "--no_eval_epochs"]
+
+
+@pytest.mark.parametrize("mode", ["baseline", "lora"])
+@pytest.mark.parametrize("head", ["train", "freeze", "untie"])
+def test_plain_checkpoints_are_not_rounded(mode, head, small, half, tmp_path, monkeypatch):
+    """A bf16 model trained under autocast reloads with plain from_pretrained as the very weights that were tested."""
+    tested = {}
+    from stt.evaluate.llm import Judge
+
+    real = Judge.test
+    def test(self, model, folder):
+        tested.update({name: value.clone() for name, value in model.state_dict().items()})
+        return real(self, model, folder)
+
+    monkeypatch.setattr(Judge, "test", test)
+    assert run(small, tmp_path, "--model", str(half), "--mode", mode, "--head", head, *HALF) == 0
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint").state_dict()
+    assert reloaded.keys() == tested.keys()
+    assert all(torch.equal(reloaded[name], value.float()) for name, value in tested.items())
+
+
+def test_half_precision_model(small, half, tmp_path):
+    """A bf16 checkpoint under autocast: what trains is and stays float32, the rest keeps its bits."""
+    assert run(small, tmp_path, "--model", str(half), "--head", "freeze", "--eval_restored", *HALF) == 0
+    trained = load(tmp_path / "run" / "checkpoint").state_dict()
+    before = AutoModelForCausalLM.from_pretrained(half).state_dict()
     for name, value in trained.items():
         if ".mlp." in name:
             assert value.dtype == torch.float32, name
@@ -99,7 +143,7 @@ def test_budgets_match_site_by_site(small, tmp_path):
 def test_only_the_selected_neurons_and_the_head_moved(small, tmp_path):
     assert run(small, tmp_path, "--mode", "stt", "--keep_ratio", "0.25") == 0
     trained = load(tmp_path / "run" / "checkpoint").state_dict()
-    dense = load_file(CHECKOUT / "models" / "stt-tiny" / "model.safetensors")
+    dense = load_file(SHIPPED / "model.safetensors")
     selection = Selection.load(tmp_path / "run" / "selection.safetensors")
     moved = 0
     for name, before in dense.items():
@@ -117,7 +161,7 @@ def test_only_the_selected_neurons_and_the_head_moved(small, tmp_path):
 def test_frozen_head_stays(small, tmp_path):
     assert run(small, tmp_path, "--mode", "baseline", "--head", "freeze") == 0
     trained = load_file(tmp_path / "run" / "checkpoint" / "model.safetensors")
-    dense = load_file(CHECKOUT / "models" / "stt-tiny" / "model.safetensors")
+    dense = load_file(SHIPPED / "model.safetensors")
     assert torch.equal(trained["model.embed_tokens.weight"], dense["model.embed_tokens.weight"])
     assert not torch.equal(trained["model.norm.weight"], dense["model.norm.weight"])
     assert results(tmp_path)["parameters"]["trained"] == results(tmp_path)["parameters"]["trained_without_head"]
@@ -125,29 +169,35 @@ def test_frozen_head_stays(small, tmp_path):
 
 def test_the_checkpoint_exports(small, tmp_path):
     """`stt export` of a run: to hf it answers as the run's model does, to dense it is the dense model's size again."""
-    from transformers import AutoModelForCausalLM
-
     assert run(small, tmp_path, "--mode", "stt", "--num_epoch", "1", "--no_eval_epochs") == 0
     checkpoint = str(tmp_path / "run" / "checkpoint")
     for kind in ("hf", "dense"):
         assert verbs.main(["export", checkpoint, "--to", kind, "--out", str(tmp_path / kind)]) == 0
     ids = torch.arange(3, 13).unsqueeze(0)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
-    torch.testing.assert_close(plain(ids).logits, load(checkpoint)(ids).logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(plain(ids).logits, load(checkpoint)(ids).logits, rtol=0, atol=1e-4)  # logits of about 20
     assert (tmp_path / "hf" / "tokenizer.json").is_file()
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     assert sum(p.numel() for p in dense.parameters()) == results(tmp_path)["parameters"]["dense"]
 
 
 def test_restored_neurons(small, tmp_path):
+    """Measured as `stt export --to dense` answers."""
+    from stt.dataset import load_task
+    from stt.evaluate.generation import accuracy, generate_answers
+
     assert run(small, tmp_path, "--mode", "stt", "--eval_restored") == 0
-    assert 0 <= results(tmp_path)["accuracy"]["restored"] <= 1
+    assert verbs.main(["export", str(tmp_path / "run" / "checkpoint"), "--to", "dense", "--out",
+                       str(tmp_path / "dense")]) == 0
+    dense, task = AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), load_task("clutrr", small[1])
+    rows = generate_answers(dense, AutoTokenizer.from_pretrained(SHIPPED), task, task.test, 8, max_length=256)
+    assert results(tmp_path)["accuracy"]["restored"] == accuracy(rows)
 
 
 def test_tune_attn_trains_the_attention_too(small, tmp_path):
     assert run(small, tmp_path, "--mode", "stt", "--num_epoch", "1", "--tune_attn") == 0
     trained = load(tmp_path / "run" / "checkpoint").state_dict()
-    dense = load_file(CHECKOUT / "models" / "stt-tiny" / "model.safetensors")
+    dense = load_file(SHIPPED / "model.safetensors")
     assert not torch.equal(trained["model.layers.0.self_attn.q_proj.weight"],
                            dense["model.layers.0.self_attn.q_proj.weight"])
 
@@ -200,73 +250,5 @@ def test_nan_exits_with_3_and_keeps_the_last_good_checkpoint(small, tmp_path, mo
     monkeypatch.setattr("stt.trainers.sft.answer_loss", loss)
     assert run(small, tmp_path, "--mode", "stt") == 3
     assert "step 9" in capsys.readouterr().err
-    assert (tmp_path / "run" / "checkpoint-6" / "model.safetensors").is_file()
+    assert load(tmp_path / "run" / "checkpoint-6").stt_selection  # the last good one, usable as it is
     assert not (tmp_path / "run" / "results.json").exists()
-
-
-BAD = {
-    "missing model folder": (["--model", "./no/such/model"], "no model folder"),
-    "missing data folder": (["--data_dir", "/no/such/data"], "does not exist"),
-    "unknown task": (["--task", "clutr"], "Did you mean 'clutrr'"),
-    "unknown mode": (["--mode", "sst"], "stt"),
-    "unknown flag": (["--topk_ration", "0.3"], "did you mean --topk_ratio"),
-    "topk 0": (["--topk_ratio", "0"], "must be in (0, 1], got 0"),
-    "topk -1": (["--topk_ratio", "-1"], "must be in (0, 1], got -1"),
-    "topk 1.5": (["--topk_ratio", "1.5"], "must be in (0, 1], got 1.5"),
-    "topk NaN": (["--topk_ratio", "nan"], "must be in (0, 1], got nan"),
-    "keep 0": (["--keep_ratio", "0"], "must be in (0, 1], got 0"),
-    "fp16 on a CPU": (["--precision", "fp16"], "needs a GPU"),
-    "no text": (["--ppl_text", "/no/such/text"], "no text file"),
-    "nothing to resume": (["--resume"], "nothing to resume"),
-    "tune_attn without a selection": (["--mode", "lora", "--tune_attn"], "tune_attn"),
-    "too short": (["--max_length", "3"], "max_length"),
-}
-
-
-@pytest.mark.parametrize(("flags", "said"), BAD.values(), ids=BAD)
-def test_bad_input_is_one_sentence_and_writes_nothing(flags, said, small, tmp_path, capsys):
-    assert run(small, tmp_path, *flags) == 2
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    assert said in last
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_output_below_a_file(small, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    assert run(small, tmp_path / "file") == 2
-    assert "is a file" in capsys.readouterr().err
-
-
-def test_a_finished_run_is_not_overwritten(small, tmp_path, capsys):
-    assert run(small, tmp_path, "--mode", "baseline", "--num_epoch", "1", "--no_eval_epochs") == 0
-    before = (tmp_path / "run" / "results.json").read_text()
-    assert run(small, tmp_path, "--mode", "baseline") == 2
-    assert "--overwrite" in capsys.readouterr().err
-    assert (tmp_path / "run" / "results.json").read_text() == before
-    assert run(small, tmp_path, "--mode", "baseline", "--num_epoch", "1", "--no_eval_epochs", "--overwrite") == 0
-
-
-@pytest.mark.parametrize(("damage", "said"), [("truncate", "cannot load the model"), ("foreign", "cannot load")])
-def test_damaged_model(damage, said, small, tmp_path, capsys):
-    model = tmp_path / "model"
-    model.mkdir()
-    for file in (CHECKOUT / "models" / "stt-tiny").iterdir():
-        (model / file.name).write_bytes(file.read_bytes())
-    weights = model / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:10_000] if damage == "truncate" else b"not a tensor file at all")
-    assert run(small, tmp_path / "out", "--model", str(model)) == 2
-    assert said in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_model_without_feed_forward_sites(small, tmp_path, capsys):
-    from transformers import AutoTokenizer, MambaConfig, MambaForCausalLM
-
-    tokenizer = AutoTokenizer.from_pretrained(CHECKOUT / "models" / "stt-tiny")
-    MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=len(tokenizer), state_size=4,
-                                 eos_token_id=0, pad_token_id=1, bos_token_id=0)).save_pretrained(tmp_path / "mamba")
-    tokenizer.save_pretrained(tmp_path / "mamba")
-    assert run(small, tmp_path / "out", "--model", str(tmp_path / "mamba")) == 2
-    assert "no feed-forward site in MambaForCausalLM" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
