@@ -56,7 +56,7 @@ def find(name: str) -> Mode:
 
 def check_sites(model: nn.Module, partial: str) -> None:
     """Raises InputError if only a part of the model's feed-forward blocks can be sliced, unless `partial` is "ok"."""
-    lost = [entry for entry in find_sites(model).left_out if entry.is_loss]
+    lost = find_sites(model).lost
     if lost and partial != "ok":
         raise InputError(f"only a part of {type(model).__name__} can be sliced: {lost[0].name} and {len(lost) - 1} "
                          f"more cannot ({lost[0].reason}); `stt sites` lists them, --partial ok goes on with the rest")

@@ -82,6 +82,11 @@ class Sites(Mapping[str, Site]):
     def __len__(self) -> int:
         return len(self.found)
 
+    @property
+    def lost(self) -> list[LeftOut]:
+        """What a selection would have chosen from and cannot: the model is only partly sliced if there is any."""
+        return [entry for entry in self.left_out if entry.is_loss]
+
 
 def projection_weight(module: nn.Module) -> Tensor:
     """The weight of a Linear or Conv1D as (out, in)."""

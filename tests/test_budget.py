@@ -13,6 +13,7 @@ import stt
 from stt import budget
 from stt.errors import InputError
 from stt.selecting import Budget, composition, keep, measure
+from stt.stt_tracker import STTTracker
 
 WIDTHS = [1, 2, 9, 10, 44, 101]
 RATIOS = [0.001, 0.1, 0.29, 0.3, 1 / 3, 0.5, 0.999, 1.0]
@@ -166,6 +167,19 @@ def test_composition_adds_up(measured, size: Budget) -> None:
             by_rate = set(best(measured.scores["activation_rate"][site], k))
             assert parts == {"mean_only": len(by_mean - by_rate), "both": len(by_mean & by_rate),
                              "rate_only": len(by_rate - by_mean)}
+
+
+def test_select_is_the_tracker() -> None:
+    model, batch = tiny.build("phi")
+    by_default = stt.select(model, [batch])
+    assert by_default == STTTracker(model, topk_ratio=0.3).get_active_indices([batch])
+    for threshold in (-0.5, 1.5):
+        selection = stt.select(model, [batch], topk_ratio=0.2, threshold=threshold)
+        assert selection == STTTracker(model, None, threshold, 0.2).get_active_indices([batch])
+        assert selection != stt.select(model, [batch], topk_ratio=0.2)
+    padded = stt.select(model, [batch], count_padding=True)
+    assert padded != by_default
+    assert padded.meta["count_padding"] is True
 
 
 def test_select_like_another_selection() -> None:

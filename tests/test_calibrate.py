@@ -125,6 +125,7 @@ def test_embeddings_instead_of_ids() -> None:
     actual = measured(model, [{"inputs_embeds": embedded, "attention_mask": MASK}])
     for ours, theirs in zip(actual.scores, expected.scores, strict=True):
         assert all(torch.allclose(ours[site], theirs[site], atol=1e-6) for site in theirs)
+    assert measured(model.to(torch.bfloat16), [{"inputs_embeds": embedded}]).examples == 3  # float32 for a bf16 model
 
 
 def test_labels_of_other_tasks_are_no_input() -> None:
@@ -233,6 +234,18 @@ def test_a_mask_that_fits_no_row_is_refused() -> None:
     assert measured(model, [batch]).tokens == 12
 
 
+def test_a_model_that_drops_the_padding_itself() -> None:
+    class Unpadding(tiny.Toy):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: object) -> dict[str, Tensor]:
+            real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            return super().forward(input_ids[real.bool()].unsqueeze(0))
+
+    def block() -> tiny.Block:
+        return tiny.Block([(tiny.HIDDEN, 44), (44, tiny.HIDDEN)], lambda x, a: a(x).relu())
+
+    assert_same(measured(Unpadding(block), [(IDS, MASK)]), measured(tiny.Toy(block), [(IDS, MASK)]))
+
+
 def test_gradients_need_labels() -> None:
     model, _ = tiny.build("bert")
     with pytest.raises(InputError, match="needs gradients, so every calibration batch needs `labels`"):
@@ -316,9 +329,11 @@ def test_scores_of_one_pass_do_not_depend_on_each_other() -> None:
 def test_the_head_is_not_computed_unless_gradients_need_it() -> None:
     model, _ = tiny.build("qwen2")
     find_sites(model)
-    calls = []
+    calls, cached = [], []
     model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    model.model.register_forward_pre_hook(lambda _, args, named: cached.append(named["use_cache"]), with_kwargs=True)
     measured(model, [IDS])
     assert calls == []
+    assert cached == [False]
     measured(model, [IDS], ["taylor"])
     assert calls == [1]

@@ -218,6 +218,24 @@ def test_counting_padding_is_what_the_published_code_does(name: str) -> None:
             assert not torch.allclose(result["activation_mean"][site], ignoring["activation_mean"][site], atol=1e-2)
 
 
+@pytest.mark.parametrize(("gate", "up"), [(slice(44, 88), slice(44)), (slice(1, None, 2), slice(0, None, 2))],
+                         ids=["up-first", "pairs-up-first"])
+def test_the_gate_of_a_fused_layer_need_not_come_first(gate: slice, up: slice) -> None:
+    def middle(x: Tensor, fused: nn.Linear) -> Tensor:
+        y = fused(x)
+        return y[..., up] * y[..., gate].relu()
+
+    model, batch = tiny.toy([(tiny.HIDDEN, 88), (44, tiny.HIDDEN)], middle)
+    outputs: list[Tensor] = []
+    model.layers[1].linears[0].register_forward_hook(lambda m, args, out: outputs.append(out))
+    with torch.no_grad():
+        model(**batch)
+    by_mean, *_ = measured(model, [batch]).scores
+    torch.testing.assert_close(by_mean["layers.1.linears"], outputs[0].flatten(0, 1).mean(0)[gate])
+    magnitude = calibrate(model, find_sites(model), [scores.make("magnitude")]).scores[0]["layers.1.linears"]
+    torch.testing.assert_close(magnitude, model.layers[1].linears[0].weight.detach().abs().sum(1)[gate])
+
+
 # ---------------------------------------------------------------- options, one score at a time
 
 
@@ -280,6 +298,14 @@ def test_the_folder_is_the_registry() -> None:
 
 
 # ---------------------------------------------------------------- precision
+
+
+def test_small_batches_add_up_after_a_large_one() -> None:
+    """2^24 + 1 is 2^24 in float32."""
+    score = scores.make("wanda", norm="l1")
+    for value in (2.0**24, *[1.0] * 8):
+        score.update("a", Seen(inputs=torch.tensor([[value]])))
+    assert score.result("a", torch.ones(1, 1)).tolist() == [2**24 + 8]
 
 
 @pytest.mark.parametrize("under_autocast", [False, True])

@@ -44,7 +44,7 @@ def test_blocks_are_what_the_config_promises(name: str) -> None:
     kind = "glu" if name in GLU else "glu_fused" if name in FUSED else "plain"
     assert [site.kind for site in sites.values()] == [kind] * len(sites)
     assert [site.width for site in sites.values()] == WIDTHS.get(name, [NEURONS] * 2)
-    assert not sites.is_partial
+    assert not sites.lost
     for key, site in sites.items():
         layers = [model.get_submodule(member.module) for member in site.members]
         assert key == site.name
@@ -78,7 +78,7 @@ def test_half_a_billion_parameters_on_meta_in_ten_seconds() -> None:
 @pytest.mark.parametrize("name", tiny.PARTLY)
 def test_half_sliceable_models_say_so(name: str) -> None:
     sites = find_sites(tiny.PARTLY[name]()[0])
-    assert sites.is_partial
+    assert sites.lost
     assert len(sites) == 2
     assert {entry.reason for entry in sites.left_out} == {"stacked experts (mixture of experts) are not supported"}
 
@@ -194,7 +194,7 @@ def test_two_blocks_never_share_a_projection() -> None:
     used = [member.module for site in sites.values() for member in site.members]
     assert len(sites) == 2
     assert len(set(used)) == len(used)
-    assert sites.is_partial
+    assert sites.lost
 
 
 def test_activation_that_is_returned_is_no_site() -> None:
