@@ -160,7 +160,7 @@ def _summed_loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     if "logits" not in outputs:
         raise InputError(f"this score needs gradients of a loss, and {type(model).__name__} has no task head for one: "
                          "load the model with its head, or choose another score")
-    logits = outputs.logits.float()
+    logits = outputs["logits"].float()
     if is_causal:
         logits, labels = logits[:, :-1], labels[:, 1:]
     labels = labels.flatten().to(logits.device)

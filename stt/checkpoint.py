@@ -305,7 +305,8 @@ def _config_of(directory: Path) -> dict[str, object]:
 
 def _entry_in(config: dict[str, object]) -> dict[str, object] | None:
     entry = config.get("stt")
-    return entry if isinstance(entry, dict) and entry.keys() >= {"format_version", "sites"} else None
+    is_ours = isinstance(entry, dict) and isinstance(entry.get("format_version"), int) and "sites" in entry
+    return entry if is_ours else None
 
 
 def _sliced_entry(directory: Path) -> dict[str, object]:

@@ -190,7 +190,7 @@ def _accuracies(axes: Axes, rows: Sequence[Bar], majority: float) -> None:
     axes.set_yticks(range(len(rows)), [row.label for row in rows], color=INK)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(0, min(1.12, max(max(row.accuracy) for row in rows) * 1.18))
-    axes.set_xlabel("test accuracy")
+    axes.set_xlabel("accuracy")
     axes.grid(axis="y", visible=False)
     _percent(axes.xaxis)
 

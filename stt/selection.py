@@ -54,12 +54,15 @@ class Selection(Mapping[str, Tensor]):
     # ------------------------------------------------------------ set algebra, site by site
 
     def union(self, other: Mapping[str, Ids]) -> Selection:
+        """The units of either."""
         return self._combined(other, lambda a, b: torch.cat([a, b]).unique())
 
     def intersect(self, other: Mapping[str, Ids]) -> Selection:
+        """The units of both."""
         return self._combined(other, lambda a, b: a[torch.isin(a, b)])
 
     def minus(self, other: Mapping[str, Ids]) -> Selection:
+        """The units of this one that are not in the other."""
         return self._combined(other, lambda a, b: a[~torch.isin(a, b)])
 
     def jaccard(self, other: Mapping[str, Ids]) -> dict[str, float]:

@@ -249,7 +249,7 @@ def _decode(x: Tensor, feeding: list[Tensor]) -> tuple[list[Tensor], tuple[int, 
             if reached is None:
                 return "mixes neurons (a norm or another projection stands between)"
             channels.append(reached)
-    per_unit = [c.view(-1, width).T.contiguous() for c in _by_unit(channels, width)]
+    per_unit = [_by_unit(reached, width) for reached in channels]
     if not all(_is_in_order(c) for c in per_unit):
         return "the neurons change places between the projections"
     return per_unit, _gate(rows[-1].detach(), per_unit, signed)
@@ -268,12 +268,9 @@ def _reached(products: Tensor, permutation: Tensor) -> Tensor | None:
     return reached if confirmed.abs().max() <= 0.1 else None
 
 
-def _by_unit(channels: list[Tensor], width: int) -> Iterator[Tensor]:
-    """For each projection its channels sorted by the unit they reach, the first of each unit before the second."""
-    for reached in channels:
-        by_unit = reached.sort(stable=True).indices  # channels, unit by unit
-        per_unit = len(reached) // width
-        yield by_unit.view(width, per_unit).T.reshape(-1) if per_unit > 1 else by_unit
+def _by_unit(reached: Tensor, width: int) -> Tensor:
+    """The channels of every unit, in the layer's own order: (F, n)."""
+    return reached.sort(stable=True).indices.view(width, -1)
 
 
 def _is_in_order(channels: Tensor) -> bool:

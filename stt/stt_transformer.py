@@ -100,15 +100,22 @@ def _fused_order(member: Member) -> tuple[int, int]:
     return (per_unit, 1) if is_chunked else (1, per_unit)
 
 
+def _difference(sites: Sites, made_for: Mapping[str, int]) -> str:
+    """How the sites (name -> width) that a selection was made for differ from those of the model at hand."""
+    here = {name: site.width for name, site in sites.items()}
+    if made_for == here:
+        return "the same sites, but layers of other parameters or shapes"
+    return (f"{len(made_for)} sites of widths {sorted(set(made_for.values()))}; this one has {len(here)} of "
+            f"{sorted(set(here.values()))}")
+
+
 def selection_for(sites: Sites, given: Mapping[str, Ids], layer_name_map: Mapping[str, str] | None = None) -> Selection:
     """`given` as a Selection over these sites. Raises InputError if it is empty, names something that is no site, was
     made for another model, or keeps no unit of a site."""
     meta = given.meta if isinstance(given, Selection) else {}
     if meta.get("fingerprint", sites.fingerprint) != sites.fingerprint:
-        made_for = meta.get("widths", {})
-        raise InputError(f"the selection was made for another model ({len(made_for)} sites of widths "
-                         f"{sorted(set(made_for.values()))}; this one has {len(sites)} of "
-                         f"{sorted({s.width for s in sites.values()})}): select again on this model")
+        raise InputError(f"the selection was made for another model ({_difference(sites, meta.get('widths', {}))}): "
+                         "select again on this model")
     if not given:
         raise InputError("the selection is empty: it must keep units of at least one site")
     names = {module: site.name for site in sites.values() for module in (m.module for m in site.members)}

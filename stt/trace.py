@@ -7,7 +7,7 @@ autograd graphs end at the nearest linear layers: whatever lies between two laye
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -52,7 +52,8 @@ class WeightlessTrace(TorchFunctionMode):
         self._transposed: dict[int, tuple[Tensor, Tensor]] = {}  # id of a transposed weight -> it and the parameter
         self._stand_ins: dict[int, Tensor] = {}
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Callable, types: Sequence[type], args: tuple = (),
+                           kwargs: dict | None = None) -> object:
         kwargs = kwargs or {}
         if func == DTYPE and self._is_ours(args[0]):
             return torch.float32 if args[0].is_floating_point() else func(*args)
@@ -93,7 +94,7 @@ class WeightlessTrace(TorchFunctionMode):
         source.input = x
         return source.value.clone()  # models may add to it in place, which a leaf forbids
 
-    def _convolution(self, func, args: tuple, kwargs: dict) -> Tensor:
+    def _convolution(self, func: Callable, args: tuple, kwargs: dict) -> Tensor:
         """The output shape of the convolution comes from the meta device; its values are random as everywhere."""
         weight, x = self._weight(args, kwargs), args[0] if args else kwargs["input"]
         args, kwargs = pytree.tree_map(

@@ -7,10 +7,10 @@ import os
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import pytest
 from tiny_text import EXPECTED, PASSAGE, ROWS, STORY
 
-import datasets
 import META
 from stt import dataset
 from stt.dataset import Example, boolq, clutrr, multiple_choice
