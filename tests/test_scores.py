@@ -230,10 +230,11 @@ def test_the_gate_of_a_fused_layer_need_not_come_first(gate: slice, up: slice) -
     model.layers[1].linears[0].register_forward_hook(lambda m, args, out: outputs.append(out))
     with torch.no_grad():
         model(**batch)
-    by_mean, *_ = measured(model, [batch]).scores
-    torch.testing.assert_close(by_mean["layers.1.linears"], outputs[0].flatten(0, 1).mean(0)[gate])
-    magnitude = calibrate(model, find_sites(model), [scores.make("magnitude")]).scores[0]["layers.1.linears"]
-    torch.testing.assert_close(magnitude, model.layers[1].linears[0].weight.detach().abs().sum(1)[gate])
+    both = [scores.make("activation_mean"), scores.make("magnitude")]
+    by_mean, magnitude = calibrate(model, find_sites(model), both, [batch], progress=False).scores
+    torch.testing.assert_close(by_mean["layers.1.linears"], outputs[-1].flatten(0, 1).mean(0)[gate])
+    weight = model.layers[1].linears[0].weight.detach()
+    torch.testing.assert_close(magnitude["layers.1.linears"], weight.abs().sum(1)[gate])
 
 
 # ---------------------------------------------------------------- options, one score at a time
