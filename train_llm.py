@@ -125,7 +125,10 @@ def load_data(args: LLMArgs) -> Task:
 
 def select(args: LLMArgs, mode: Mode, model: PreTrainedModel, judge: Judge,
            folder: Path) -> tuple[Selection, list[dict[str, object]], int]:
-    """The selection (the run's own if it is resumed), its sites for the record, and the FLOPs of making it."""
+    """The selection, its sites for the record, and the FLOPs of making it.
+
+    Raises InputError if a resumed run would select otherwise than it did.
+    """
     from stt.dataset import encode_all, selection_subset
     from stt.modes import select_units
     from stt.selecting import Budget
@@ -136,9 +139,9 @@ def select(args: LLMArgs, mode: Mode, model: PreTrainedModel, judge: Judge,
     rows, _ = encode_all(examples, judge.tokenizer, args.max_length, args.apply_chat_template)
     batches = [collate(judge.tokenizer.pad_token_id)(rows[i:i + args.eval_batch])
                for i in range(0, len(rows), args.eval_batch)]
-    selection, composition = select_units(mode, model, batches, judge.tokenizer,
-                                          Budget(args.topk_ratio, args.keep_ratio), args.active_threshold, args.seed,
-                                          args.count_padding)
+    size = Budget(args.topk_ratio, args.keep_ratio)
+    selection, composition = select_units(mode, model, batches, judge.tokenizer, size, args.active_threshold,
+                                          args.seed, args.count_padding)
     if args.resume and Selection.load(folder / SELECTION) != selection:
         raise InputError(f"{folder / SELECTION} is not what this run selects now: the model or the data changed; start "
                          "again with --overwrite")
