@@ -61,9 +61,9 @@ def calibrate(model: nn.Module, sites: Sites, scores: list[Score], batches: Iter
             for batch in tqdm(batched(batches), desc="measuring neurons", unit="batch", disable=hidden):
                 inputs = as_inputs(batch, model, tokenizer)
                 inputs = inputs if count_padding else _padded_right(model, inputs)
-                masks = {} if count_padding else _token_masks(model, inputs)
-                shown.add(inputs, masks, model)
-                _show(model, sites, scores, inputs, masks, needs)
+                shown.add(inputs, {} if count_padding else _token_masks(model, inputs), model)
+                inputs = _on_device(inputs, model)
+                _show(model, sites, scores, inputs, {} if count_padding else _token_masks(model, inputs), needs)
         if not shown.examples:
             raise InputError("the calibration data is empty: give at least one batch")
         _add_up_over_ranks(scores)
@@ -203,8 +203,7 @@ def _add_up_over_ranks(scores: list[Score]) -> None:
 
 
 def as_inputs(batch: Batch, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Tensor]:
-    """Keyword tensors for the model's forward, on its device. Raises InputError for a batch nothing can be made of."""
-    parameter = next(model.parameters())
+    """Keyword tensors for the model's forward, where they are. Raises InputError for a batch nothing can be made of."""
     accepted = inspect.signature(model.forward).parameters
     named = {name: value for name, value in _named(batch, model.main_input_name, tokenizer).items()
              if name in accepted and isinstance(value, Tensor)}
@@ -216,9 +215,15 @@ def as_inputs(batch: Batch, model: nn.Module, tokenizer: PreTrainedTokenizerBase
                          f"`decoder_input_ids`, got {_described(batch)}")
     if "use_cache" in accepted:
         named["use_cache"] = False
+    return named
+
+
+def _on_device(inputs: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The same on the model's device, floating tensors in its dtype."""
+    parameter = next(model.parameters())
     return {name: value if not isinstance(value, Tensor) else
             value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
-            for name, value in named.items()}
+            for name, value in inputs.items()}
 
 
 def batched(data: Iterable[Batch] | Sequence[str]) -> Iterable[Batch]:
@@ -309,7 +314,8 @@ def _mask_of(site: Site, model: nn.Module, masks: dict[str, Tensor]) -> Tensor |
 
 @dataclass
 class _Shown:
-    """How much was shown, and a digest that does not depend on order or batching."""
+    """How much was shown, and a digest that does not depend on order or batching; taken before a batch moves to the
+    model's device, so that nothing is copied back."""
 
     tokens: int = 0
     examples: int = 0

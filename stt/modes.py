@@ -16,7 +16,7 @@ from stt.selection import Selection
 from stt.sites import find_sites
 from stt.stt_lora import STTLoraLinear, add_stt_lora
 from stt.stt_transformer import apply
-from stt.surgery import head_parameters, replace_module, sliced_parameters, train_only
+from stt.surgery import head_parameters, replace_module, sliced_parameters, train_only, untie_head
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,11 @@ def prepare(mode: Mode, model: nn.Module, selection: Selection | None, lora: Lor
             tune_attn: bool = False) -> list[str]:
     """Slice, adapt and freeze: the model is ready to train; names of what trains.
 
-    `tune_attn` trains the other projections of the layers too.
+    `tune_attn` trains the other projections of the layers too. A head to untie is untied first: the embedding it was
+    tied to is then a part of the body like any other.
     """
+    if head == "untie":
+        untie_head(model)
     attention = other_projections(model) if tune_attn else []
     if selection is not None:
         apply(model, selection)

@@ -55,6 +55,15 @@ def test_a_frozen_head_trains_nothing_of_it(name):
     assert not set(trained) & set(head_parameters(model))
 
 
+def test_full_fine_tuning_with_an_untied_head_trains_the_embedding_too():
+    config = build_decoder(vocabulary=60).config
+    config.tie_word_embeddings = True
+    model = type(build_decoder(60))(config)
+    trained = modes.prepare(modes.find("baseline"), model, None, modes.Lora(), "untie")
+    assert {"model.embed_tokens.weight", "lm_head.weight"} <= set(trained)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+
+
 @pytest.mark.parametrize("name", ["stt", "stt_lora"])
 def test_tune_attn_adds_the_attention(name):
     _, _, _, without = prepared(name)

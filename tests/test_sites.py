@@ -351,6 +351,19 @@ def test_result_is_cached_until_a_shape_changes() -> None:
     assert [site.width for site in find_sites(model).values()] == [3, 3]
 
 
+def test_a_model_that_a_made_up_batch_does_not_fit() -> None:
+    from transformers import CLIPConfig, CLIPModel
+
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = CLIPModel(CLIPConfig(text_config=size | {"vocab_size": 30, "max_position_embeddings": 16},
+                                 vision_config=size | {"image_size": 8, "patch_size": 4}, projection_dim=8))
+    with pytest.raises(InputError, match="a made-up batch of input_ids.* does not fit CLIPModel .*example="):
+        find_sites(model)
+    example = {"input_ids": torch.arange(12).view(2, 6) + 3, "pixel_values": torch.rand(2, 3, 8, 8)}
+    assert [site.name for site in find_sites(model, example).values()] == [
+        "vision_model.encoder.layers.0.mlp", "text_model.encoder.layers.0.mlp"]
+
+
 def test_fingerprint_tells_models_apart() -> None:
     prints = {name: find_sites(tiny.build(name)[0]).fingerprint for name in ("qwen2", "phi", "bert", "t5")}
     assert len(set(prints.values())) == 4
