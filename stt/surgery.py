@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,19 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` in the place of the submodule called `name`."""
     owner, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(owner), attribute, module)
+
+
+def override_forward(module: nn.Module, forward: Callable[..., object]) -> None:
+    """Let `module` compute `forward(module, ...)` instead of its class's forward, until `restore_forward`.
+
+    Survives deepcopy and pickling, and `inspect.signature(module.forward)` is that of `forward` without the module.
+    """
+    module.forward = functools.partial(forward, module)
+
+
+def restore_forward(module: nn.Module) -> None:
+    """Undo `override_forward`; nothing happens to a module that computes its class's forward."""
+    module.__dict__.pop("forward", None)
 
 
 def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
