@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from stt.calibrate import Batch
+from stt.batches import Batch
 from stt.selection import Selection
 from stt.stt_tracker import Tracker
 

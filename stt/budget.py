@@ -51,6 +51,19 @@ def exact_count(width: int, keep_ratio: float) -> int:
     return max(1, round(check_ratio("keep_ratio", keep_ratio) * width))
 
 
+def margin(score: Tensor, kept: Tensor) -> float:
+    """How clear the cut is: the step of the score (F,) from the worst unit of its ranking above which all are kept to
+    the next one, in standard deviations of the score. 0: a tie decides; infinite: nothing is cut."""
+    order = ranking(score)
+    is_cut = ~torch.isin(order, kept)
+    if not is_cut.any():
+        return math.inf
+    place = int(is_cut.int().argmax())  # of the best unit that is not kept
+    if place == 0 or score.std() == 0:
+        return 0.0
+    return float((score[order[place - 1]] - score[order[place]]) / score.std())
+
+
 def global_top(scores: Mapping[str, Tensor], keep_ratio: float) -> dict[str, Tensor]:
     """One ranking over all sites: the best exact_count units of the model, at least one in every site.
 

@@ -1,15 +1,17 @@
 """One pass over calibration batches feeds any number of scores.
 
-Padding never counts. Nothing but sums is kept, on the model's device; nothing per token is copied to the host. Hooks
-are always removed and the model is left as it was: mode, gradients, requires_grad.
+Padding never counts. Nothing but sums is kept, on the model's device; nothing per token is copied to the host. The pass
+ends at the last site: no norm and no head behind it is computed. Every example falls by its content into one of two
+halves, whose sums are kept apart: what both halves agree on can be trusted. Hooks are always removed and the model is
+left as it was: mode, gradients, requires_grad.
 """
 from __future__ import annotations
 
+import copy
 import hashlib
-import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,85 +19,148 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.loss.loss_utils import LOSS_MAPPING
-from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-from stt.errors import InputError
+from stt.batches import Batch, as_inputs, batched, on_device, padded_right, token_masks
+from stt.errors import InputError, unknown_name
 from stt.mlps.stt_linear import STTLinear
-from stt.scores.base import Score, Seen
+from stt.scores.base import Score, Seen, Statistic, Weights, wide
 from stt.sites import Site, Sites, projection_weight
 from stt.trace import evaluating
 
-Batch = Mapping[str, object] | Tensor | tuple | list
+PARTS = ("all", "prompt", "answer")  # of every example, for `select_on`
+Results = list[dict[str, Tensor]]  # by score: site -> (F,) float64 on the CPU
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Scores by name and site, each (F,) float32 on the CPU, and what they were measured on."""
+    """Scores, the same from each half of the examples alone (None if a half is empty), and what they were measured on.
 
-    scores: list[dict[str, Tensor]]
+    `apart` are the statistics asked for by `also`, of each half.
+    """
+
+    scores: Results
+    halves: tuple[Results, Results] | None
+    apart: tuple[Sequence[Statistic], Sequence[Statistic]]
     tokens: int
     examples: int
     digest: str  # sha256 of the rows shown, in any order
 
 
-def calibrate(model: nn.Module, sites: Sites, scores: list[Score], batches: Iterable[Batch] = (),
-              tokenizer: PreTrainedTokenizerBase | None = None, count_padding: bool = False,
-              progress: bool = True) -> Calibration:
-    """All `scores` of all `sites` of `model` in one pass.
+def calibrate(model: nn.Module, sites: Sites, scores: Sequence[Score], batches: Iterable[Batch] = (),
+              tokenizer: PreTrainedTokenizerBase | None = None, count_padding: bool = False, progress: bool = True,
+              select_on: str = "all", also: Sequence[Statistic] = ()) -> Calibration:
+    """All `scores` of all `sites` of `model`, and the statistics `also`, in one pass.
 
     A batch is a mapping of tensors (with `labels` for gradients), a tensor, a tuple (input, mask, ...) or a list of
     strings with a `tokenizer`; a plain list of strings is batched here. `count_padding` counts padding positions too,
-    as the published code does. Raises InputError for no batch at all, a batch without a usable tensor, a gradient
-    asked for without labels, or a model sliced in scatter mode.
+    as the published code does; `select_on` counts the tokens of the "prompt" or of the "answer" (those with a label)
+    only. Raises InputError for no batch at all, a batch without a usable tensor, a gradient or a part asked for without
+    labels, or a model sliced in scatter mode.
     """
-    needs = {need for score in scores for need in score.needs}
+    if select_on not in PARTS:
+        raise unknown_name("part to select on", select_on, PARTS)
+    if count_padding and select_on != "all":
+        raise InputError(f"count_padding counts every position, select_on={select_on!r} only some: give one of them")
+    of_a, of_b = ([copy.deepcopy(statistic) for statistic in (*scores, *also)] for _ in range(2))
     shown = _Shown()
-    if needs - {"weights"}:
-        for site in sites.values():
-            gate = model.get_submodule(site.gate_module)
-            if isinstance(gate, STTLinear) and not gate.is_compact:
-                raise InputError(f"{site.name} is sliced and in scatter mode: set `inference_time = True` on its "
-                                 "layers to measure its neurons")
-        with _prepared(model, with_gradients="gradients" in needs):
-            hidden = None if progress else True  # None: shown on a terminal
-            for batch in tqdm(batched(batches), desc="measuring neurons", unit="batch", disable=hidden):
-                inputs = as_inputs(batch, model, tokenizer)
-                inputs = inputs if count_padding else _padded_right(model, inputs)
-                shown.add(inputs, {} if count_padding else _token_masks(model, inputs), model)
-                inputs = _on_device(inputs, model)
-                _show(model, sites, scores, inputs, {} if count_padding else _token_masks(model, inputs), needs)
-        if not shown.examples:
-            raise InputError("the calibration data is empty: give at least one batch")
-        _add_up_over_ranks(scores)
-    weights = {site.name: gate_weight(model, site) for site in sites.values()}
-    results = [{name: score.result(name, weight).cpu() for name, weight in weights.items()} for score in scores]
-    return Calibration(results, shown.tokens, shown.examples, f"{shown.digest:064x}")
+    if {need for statistic in of_a for need in statistic.needs} - {"weights"}:
+        _check_compact(model, sites)
+        _pass(model, sites, (of_a, of_b), batches, tokenizer, count_padding, progress, select_on, shown)
+    weights = {site.name: site_weights(model, site) for site in sites.values()}
+
+    def results(statistics: Sequence[Statistic]) -> Results:
+        return [{name: score.result(name, weight).cpu() for name, weight in weights.items()}
+                for score in statistics[:len(scores)]]
+
+    total = results([_added(a, b) for a, b in zip(of_a, of_b, strict=True)])
+    halves = (results(of_a), results(of_b)) if min(shown.halves) else None
+    return Calibration(total, halves, (of_a[len(scores):], of_b[len(scores):]), shown.tokens, sum(shown.halves),
+                       f"{shown.digest:064x}")
 
 
-def gate_weight(model: nn.Module, site: Site) -> Tensor:
-    """Rows of the gate projection that belong to the units: (F, D) float32, detached."""
-    module = model.get_submodule(site.gate_module)
-    weight = projection_weight(module)
-    return weight.detach()[site.gate.to(weight.device)].float()
+def site_weights(model: nn.Module, site: Site) -> Weights:
+    """The rows of the gate projection and the columns of the down projection that belong to the units."""
+    gate = projection_weight(model.get_submodule(site.gate_module)).detach()
+    down = projection_weight(model.get_submodule(site.down_module)).detach()
+    return Weights(gate[site.gate.to(gate.device)].double(), down.double())
 
 
-# ---------------------------------------------------------------- one batch
+def _check_compact(model: nn.Module, sites: Sites) -> None:
+    for site in sites.values():
+        gate = model.get_submodule(site.gate_module)
+        if isinstance(gate, STTLinear) and not gate.is_compact:
+            raise InputError(f"{site.name} is sliced and in scatter mode: set `inference_time = True` on its "
+                             "layers to measure its neurons")
 
 
-def _show(model: nn.Module, sites: Sites, scores: list[Score], inputs: dict[str, Tensor], masks: dict[str, Tensor],
-          needs: set[str]) -> None:
-    """Run one batch and show every site to every score."""
+# ---------------------------------------------------------------- the pass
+
+
+def _pass(model: nn.Module, sites: Sites, halves: tuple[list[Statistic], list[Statistic]], batches: Iterable[Batch],
+          tokenizer: PreTrainedTokenizerBase | None, count_padding: bool, progress: bool, select_on: str,
+          shown: _Shown) -> None:
+    """Show every batch to the statistics of its half."""
+    needs = {need for statistic in halves[0] for need in statistic.needs}
+    enough = _Enough(None if "gradients" in needs else list(sites)[-1])
+    with _prepared(model, with_gradients="gradients" in needs):
+        hidden = None if progress else True  # None: shown on a terminal
+        for batch in tqdm(batched(batches), desc="measuring neurons", unit="batch", disable=hidden):
+            inputs = as_inputs(batch, model, tokenizer)
+            inputs = inputs if count_padding else padded_right(model, inputs)
+            in_b = shown.add(inputs, {} if count_padding else token_masks(model, inputs, select_on), model)
+            inputs = on_device(inputs, model)
+            masks = {} if count_padding else token_masks(model, inputs, select_on)
+            real = {} if count_padding else token_masks(model, inputs)
+            observers = [_Observer(site, halves, needs, _mask_of(site, model, masks), _mask_of(site, model, real),
+                                   in_b.to(model.device), enough) for site in sites.values()]
+            _show(model, sites, observers, inputs, "gradients" in needs)
+            enough.after_first_pass()
+    if not sum(shown.halves):
+        raise InputError("the calibration data is empty: give at least one batch")
+    _complete(halves)
+    _add_up_over_ranks(halves, shown)
+    if not shown.tokens:
+        raise InputError(f"no token of the calibration data belongs to the {select_on}: select on \"all\", or label "
+                         "the answers")
+
+
+def _show(model: nn.Module, sites: Sites, observers: list[_Observer], inputs: dict[str, Tensor],
+          with_gradients: bool) -> None:
+    """Run one batch past the observers."""
     with ExitStack() as hooks:
-        for site in sites.values():
-            observe = _Observer(site, scores, needs, _mask_of(site, model, masks))
-            gate, down = model.get_submodule(site.gate_module), model.get_submodule(site.down_module)
-            hooks.callback(gate.register_forward_hook(observe.gate).remove)
-            hooks.callback(down.register_forward_pre_hook(observe.down).remove)
-        if "gradients" in needs:
+        for observer in observers:
+            gate = model.get_submodule(observer.site.gate_module)
+            down = model.get_submodule(observer.site.down_module)
+            hooks.callback(gate.register_forward_hook(observer.gate).remove)
+            hooks.callback(down.register_forward_pre_hook(observer.down).remove)
+        if with_gradients:
             _summed_loss(model, inputs).backward()
-        else:
+            return
+        with suppress(_Done):
             _body(model, sites)(**{name: value for name, value in inputs.items()
                                    if name != "labels" or model.config.is_encoder_decoder})
+
+
+class _Done(Exception):
+    """Ends a forward pass: the last site has shown all it has."""
+
+
+@dataclass
+class _Enough:
+    """When the last site has been called as often as in the first pass (a shared layer is called many times), the rest
+    of the model is not needed. `last` None: it is (for gradients)."""
+
+    last: str | None
+    calls: int = 0
+    expected: int | None = None
+
+    def called(self, site: str) -> None:
+        self.calls += site == self.last
+        if site == self.last and self.calls == self.expected:
+            raise _Done
+
+    def after_first_pass(self) -> None:
+        self.expected, self.calls = self.expected or self.calls, 0
 
 
 @dataclass
@@ -103,9 +168,12 @@ class _Observer:
     """Hooks of one site: collects a Seen over the gate's and the down projection's calls."""
 
     site: Site
-    scores: list[Score]
+    halves: tuple[list[Statistic], list[Statistic]]
     needs: set[str]
     is_token: Tensor | None
+    is_real: Tensor | None
+    in_b: Tensor  # (B,) which examples belong to the second half
+    enough: _Enough
     partly: dict[str, Tensor] = field(default_factory=dict)
 
     def gate(self, module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -121,27 +189,54 @@ class _Observer:
         seen = {**self.partly, "hidden": x.detach().flatten(0, -2)}
         self.partly.clear()
         if "gradients" not in self.needs:
-            return self._update(seen)
+            self._update(seen)
+            self.enough.called(self.site.name)
+            return None
         if not x.requires_grad:
             x = x.detach().requires_grad_()
         x.register_hook(lambda gradient: self._update({**seen, "gradients": gradient.flatten(0, -2)}))
         return (x, *args[1:])
 
     def _update(self, seen: dict[str, Tensor]) -> None:
-        hidden = seen["hidden"]
-        is_token = _fitted(self.is_token, len(hidden), self.site.name)
-        with torch.autocast(hidden.device.type, enabled=False):  # sums stay float32 whatever the model computes in
-            for score in self.scores:
-                if score.needs != ("weights",):
-                    score.update(self.site.name, Seen(is_token, **seen))
+        rows = seen["hidden"]
+        is_token = _fitted(self.is_token, self.is_real, len(rows), self.site.name)
+        shown = Seen(is_token, **seen)
+        with torch.autocast(rows.device.type, enabled=False):  # sums stay float32 whatever the model computes in
+            for statistics, part in zip(self.halves, _apart(shown, self._rows_in_b(len(rows))), strict=True):
+                for statistic in statistics if part is not None else ():
+                    if statistic.needs != ("weights",):
+                        statistic.update(self.site.name, part)
+
+    def _rows_in_b(self, rows: int) -> Tensor:
+        """Which of the rows belong to examples of the second half: (N,). Rows are example by example; a model that
+        drops the padding keeps the real ones; where neither fits, the batch belongs to the half of its first."""
+        if rows % len(self.in_b) == 0 and (self.is_real is None or rows >= len(self.is_real)):
+            return self.in_b.repeat_interleave(rows // len(self.in_b))
+        if self.is_real is not None and rows == int(self.is_real.sum()):
+            return self.in_b.repeat_interleave(len(self.is_real) // len(self.in_b))[self.is_real.bool()]
+        return self.in_b[:1].expand(rows)
 
 
-def _fitted(is_token: Tensor | None, rows: int, site: str) -> Tensor | None:
-    """The mask, if the site sees one row per position; None if the model itself has already dropped the padding."""
+def _apart(seen: Seen, in_b: Tensor) -> tuple[Seen | None, Seen | None]:
+    """What the examples of each half show; None for a half that has no row here."""
+    parts = []
+    for is_chosen in (~in_b, in_b):
+        if is_chosen.all() or not is_chosen.any():
+            parts.append(seen if is_chosen.all() else None)
+            continue
+        rows = is_chosen.nonzero().flatten()
+        tensors = {name: value[rows] for name, value in vars(seen).items() if value is not None}
+        parts.append(replace(seen, **tensors))
+    return tuple(parts)
+
+
+def _fitted(is_token: Tensor | None, is_real: Tensor | None, rows: int, site: str) -> Tensor | None:
+    """The mask, if the site sees one row per position, or its real positions if the model itself has already dropped
+    the padding."""
     if is_token is None or len(is_token) == rows:
         return is_token
-    if int(is_token.sum()) == rows:
-        return None
+    if int(is_real.sum()) == rows:
+        return is_token[is_real.bool()]
     raise InputError(f"{site} sees {rows} positions but the attention mask has {len(is_token)}: "
                      "pass a mask that fits, or count_padding=True")
 
@@ -160,7 +255,7 @@ def _summed_loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     if "logits" not in outputs:
         raise InputError(f"this score needs gradients of a loss, and {type(model).__name__} has no task head for one: "
                          "load the model with its head, or choose another score")
-    logits = outputs["logits"].float()
+    logits = wide(outputs["logits"])
     if is_causal:
         logits, labels = logits[:, :-1], labels[:, 1:]
     labels = labels.flatten().to(logits.device)
@@ -190,118 +285,33 @@ def _prepared(model: nn.Module, with_gradients: bool) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _add_up_over_ranks(scores: list[Score]) -> None:
+def _complete(halves: tuple[list[Statistic], list[Statistic]]) -> None:
+    """Zeros for what only the other half has seen, so that both have the same sums."""
+    for pair in zip(*halves, strict=True):
+        for mine, other in (pair, pair[::-1]):
+            for site, sums in other.sums.items():
+                for name, like in sums.items():
+                    mine.sums.setdefault(site, {}).setdefault(name, torch.zeros_like(like))
+
+
+def _added(a: Statistic, b: Statistic) -> Statistic:
+    """One statistic with the sums of both halves."""
+    return replace(a, sums={site: {name: value + b.sums[site][name] for name, value in sums.items()}
+                            for site, sums in a.sums.items()})
+
+
+def _add_up_over_ranks(halves: tuple[list[Statistic], list[Statistic]], shown: _Shown) -> None:
     """Every rank sees its share of the data; the sums of all of them make the statistics."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for score in scores:
-            for sums in score.sums.values():
-                for value in sums.values():
-                    torch.distributed.all_reduce(value)
-
-
-# ---------------------------------------------------------------- batches of any kind -> keyword arguments
-
-
-def as_inputs(batch: Batch, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Tensor]:
-    """Keyword tensors for the model's forward, where they are. Raises InputError for a batch nothing can be made of."""
-    accepted = inspect.signature(model.forward).parameters
-    named = {name: value for name, value in _named(batch, model.main_input_name, tokenizer).items()
-             if name in accepted and isinstance(value, Tensor)}
-    if model.main_input_name not in named and "inputs_embeds" not in named:
-        raise InputError(f"a calibration batch must hold a tensor {model.main_input_name!r}, got {_described(batch)}")
-    if model.config.is_encoder_decoder and model.can_generate() and \
-            not named.keys() & {"labels", "decoder_input_ids", "decoder_inputs_embeds"}:
-        raise InputError(f"{type(model).__name__} has a decoder: every calibration batch needs `labels` or "
-                         f"`decoder_input_ids`, got {_described(batch)}")
-    if "use_cache" in accepted:
-        named["use_cache"] = False
-    return named
-
-
-def _on_device(inputs: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The same on the model's device, floating tensors in its dtype."""
-    parameter = next(model.parameters())
-    return {name: value if not isinstance(value, Tensor) else
-            value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
-            for name, value in inputs.items()}
-
-
-def batched(data: Iterable[Batch] | Sequence[str]) -> Iterable[Batch]:
-    """A plain list of strings in batches of 16, the longest first; batches as they are. Raises InputError for what can
-    only be one batch."""
-    if isinstance(data, Mapping | str | Tensor):
-        raise InputError(f"the calibration data must be an iterable of batches, got one {type(data).__name__}: "
-                         "put it into a list")
-    if isinstance(data, Sequence) and data and isinstance(data[0], str):
-        texts = sorted(data, key=len, reverse=True)
-        return [texts[i:i + 16] for i in range(0, len(texts), 16)]
-    return data
-
-
-def _named(batch: Batch, main: str, tokenizer: PreTrainedTokenizerBase | None) -> Mapping[str, object]:
-    if isinstance(batch, Mapping):
-        texts = batch.get("text")
-        return batch if texts is None or main in batch else _tokenized(list(texts), tokenizer)
-    if isinstance(batch, Tensor):
-        return {main: batch}
-    if isinstance(batch, list | tuple) and batch and all(isinstance(text, str) for text in batch):
-        return _tokenized(list(batch), tokenizer)
-    if isinstance(batch, list | tuple) and batch and isinstance(batch[0], Tensor):
-        named = {main: batch[0]}
-        if main == "input_ids" and len(batch) > 1 and batch[1].shape == batch[0].shape:  # (ids, mask, labels, ...)
-            named["attention_mask"] = batch[1]
-            if not torch.isin(batch[1], torch.tensor([0, 1], device=batch[1].device)).all():
-                raise InputError("the second tensor of a tuple must be the attention mask, zeros and ones: "
-                                 "give a mapping with names instead")
-        if len(batch) > 1 and isinstance(batch[-1], Tensor) and batch[-1].ndim == 1:  # one class per example
-            named["labels"] = batch[-1]
-        return named
-    raise InputError(f"a calibration batch must be a mapping of tensors, a tensor, a tuple of tensors or a list of "
-                     f"strings, got {_described(batch)}")
-
-
-def _tokenized(texts: list[str], tokenizer: PreTrainedTokenizerBase | None) -> Mapping[str, object]:
-    if tokenizer is None:
-        raise InputError("a batch of strings needs a tokenizer: pass tokenizer=...")
-    if tokenizer.pad_token is None and len(texts) > 1:
-        raise InputError("the tokenizer has no padding token: set tokenizer.pad_token = tokenizer.eos_token")
-    has_limit = tokenizer.model_max_length < VERY_LARGE_INTEGER
-    return tokenizer(texts, padding=len(texts) > 1, truncation=has_limit, return_tensors="pt")
-
-
-def _described(batch: object) -> str:
-    if isinstance(batch, Mapping):
-        held = [f"{name} ({type(value).__name__})" for name, value in batch.items()]
-        return f"a mapping of {', '.join(held) or 'nothing'}"
-    inside = f" of {type(batch[0]).__name__}" if isinstance(batch, list | tuple) and batch else ""
-    return f"{type(batch).__name__}{inside}"
-
-
-# ---------------------------------------------------------------- padding
-
-
-def _padded_right(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Left padding moved to the right, so that a model that counts positions from the start counts only real ones."""
-    mask = inputs.get("attention_mask")
-    if mask is None or mask.ndim != 2 or "inputs_embeds" in inputs:
-        return inputs
-    first = (mask != 0).int().argmax(1, keepdim=True)  # (B, 1)
-    order = (torch.arange(mask.shape[1], device=mask.device) + first) % mask.shape[1]  # (B, T)
-    other_side = {"labels"} if model.config.is_encoder_decoder else set()
-    return {name: value.gather(1, order) if isinstance(value, Tensor) and value.shape == mask.shape
-            and not name.startswith("decoder_") and name not in other_side else value for name, value in inputs.items()}
-
-
-def _token_masks(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """1.0 for real positions, flattened, of each side of the model ("main", "decoder"); no entry: all are real."""
-    masks = {"main": inputs.get("attention_mask")}
-    if model.config.is_encoder_decoder:
-        masks["decoder"] = inputs.get("decoder_attention_mask")
-        if masks["decoder"] is None and "labels" in inputs and inputs["labels"].ndim == 2:
-            masks["decoder"] = inputs["labels"] != -100
-        elif masks["decoder"] is None and "decoder_input_ids" not in inputs:
-            masks["decoder"] = masks["main"]  # BART's classifiers feed both sides the same text
-    return {side: mask.flatten().float() for side, mask in masks.items() if mask is not None and mask.ndim == 2}
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    for statistic in (*halves[0], *halves[1]):
+        for site in sorted(statistic.sums):
+            for name in sorted(statistic.sums[site]):
+                torch.distributed.all_reduce(statistic.sums[site][name])
+    counts = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(counts, (shown.tokens, shown.halves, shown.digest))
+    shown.tokens, shown.digest = sum(c[0] for c in counts), sum(c[2] for c in counts) % 2**256
+    shown.halves = [sum(c[1][half] for c in counts) for half in (0, 1)]
 
 
 def _mask_of(site: Site, model: nn.Module, masks: dict[str, Tensor]) -> Tensor | None:
@@ -317,16 +327,23 @@ class _Shown:
     """How much was shown, and a digest that does not depend on order or batching; taken before a batch moves to the
     model's device, so that nothing is copied back."""
 
-    tokens: int = 0
-    examples: int = 0
+    tokens: int = 0  # that count
+    halves: list[int] = field(default_factory=lambda: [0, 0])  # examples
     digest: int = 0
 
-    def add(self, inputs: dict[str, Tensor], masks: dict[str, Tensor], model: nn.Module) -> None:
+    def add(self, inputs: dict[str, Tensor], masks: dict[str, Tensor], model: nn.Module) -> Tensor:
+        """Count one batch; which of its examples belong to the second half: (B,). Their content decides that."""
         rows = inputs[model.main_input_name if model.main_input_name in inputs else "inputs_embeds"].cpu()
-        self.examples += len(rows)
-        is_token = masks["main"].view(len(rows), -1).bool().cpu() if "main" in masks else None
+        counts = masks["main"].view(len(rows), -1).cpu() if "main" in masks else None
+        real = token_masks(model, inputs).get("main") if counts is not None else None
+        is_real = None if real is None else real.view(len(rows), -1).bool().cpu()
+        in_b = torch.zeros(len(rows), dtype=torch.bool)
         for i, row in enumerate(rows):
-            row = row if is_token is None else row[is_token[i]]
-            self.tokens += len(row) if rows.ndim == 2 else 1
-            self.digest += int(hashlib.sha256(row.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest(), 16)
+            row = row if is_real is None else row[is_real[i]]
+            self.tokens += int(counts[i].sum()) if counts is not None else len(row) if rows.ndim == 2 else 1
+            digest = int(hashlib.sha256(row.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest(), 16)
+            in_b[i] = digest & 1
+            self.digest += digest
+            self.halves[digest & 1] += 1
         self.digest %= 2**256
+        return in_b

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,18 +21,19 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from stt.errors import InputError
 from stt.mlps.stt_linear import STTLinear
-from stt.selection import FORMAT_VERSION, Selection
+from stt.selection import FORMAT_VERSION, SELECTION, Selection
 from stt.sites import find_sites, projection_weight
 from stt.stt_transformer import apply, selection_for
-from stt.surgery import head_is_tied, untie_head
+from stt.surgery import head_is_tied, narrow_state, untie_head
 
 logger = logging.getLogger(__name__)
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
-WEIGHTS, SELECTION = "model.safetensors", "selection.safetensors"
+WEIGHTS = "model.safetensors"
 
 
 def save(model: PreTrainedModel, directory: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> Path:
@@ -49,10 +50,9 @@ def save(model: PreTrainedModel, directory: str | Path, tokenizer: PreTrainedTok
     state = narrow_state(model)
     config = copy.deepcopy(model.config)
     kind = _named_class(type(model).__name__, f"a {type(model).__name__}")
-    _check_no_adapter(state, empty_model(kind, config, config.dtype, "meta").state_dict())
+    _check_no_adapter(state, empty_model(kind, config, config.dtype, "meta").state_dict().keys() | _down_biases(model))
     config.architectures = [kind.__name__]
     config.dtype = config.dtype or model.dtype
-    config.stt = {"base": config.name_or_path or None, **config.stt}
     with written_whole(Path(directory)) as part:
         config.save_pretrained(part)
         save_file(_each_once(state), part / WEIGHTS, metadata={"format": "pt"})
@@ -84,12 +84,14 @@ def load(directory: str | Path, device: torch.device | str | None = None, dtype:
     narrow = _load_unsliced(model, state, directory)
     find_sites(model, example)  # stays on the model, for apply
     apply(model, selection)
+    model.config.stt |= {key: entry[key] for key in ("base", "compensate") if key in entry}
     if model.config.stt["sites"] != entry["sites"]:
         raise InputError(f"{directory / SELECTION} is not the selection {directory / CONFIG} speaks of: "
                          "restore the files that were saved together")
+    for name in state.keys() & _down_biases(model):
+        model.get_submodule(name.removesuffix(".bias")).bias = nn.Parameter(state[name])
     _check_shapes(model.state_dict(), state, directory)
     model.load_state_dict(narrow, strict=False, assign=True)
-    model.config.stt["base"] = entry.get("base")
     if (directory / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     model.eval()
@@ -104,6 +106,9 @@ def restore(sliced: PreTrainedModel, dense: PreTrainedModel) -> None:
     that was untied in `sliced` is untied in `dense` too. Raises InputError, before anything changes, for another model.
     """
     selection = _selection_of(sliced)
+    if "compensate" in sliced.config.stt:
+        raise InputError("the kept units were compensated for the removed ones, which cannot be put back beside them: "
+                         "select with compensate=\"none\" to restore or export a dense model")
     sites = find_sites(dense)
     selection_for(sites, selection)  # raises for another model
     values, target = narrow_state(sliced), dense.state_dict()
@@ -111,7 +116,7 @@ def restore(sliced: PreTrainedModel, dense: PreTrainedModel) -> None:
     of_sites = {f"{member.module}.{part}" for _, member, _ in members for part in ("weight", "bias")}
     others = {name: value for name, value in values.items() if name not in of_sites}
     expected = {name: value for name, value in target.items() if name not in of_sites}
-    _check_no_adapter(others, expected)
+    _check_no_adapter(others, expected.keys())
     _check_shapes(expected, others, "the sliced model")
     _check_shapes(others, expected, "the dense model")
     if head_is_tied(dense) and not head_is_tied(sliced):
@@ -137,20 +142,6 @@ def _fill(tensor: Tensor, dim: int, channels: Tensor, values: Tensor) -> None:
 # ---------------------------------------------------------------- a model and its tensors
 
 
-def narrow_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a sliced model without the padding of its layers; the model is left as it is."""
-    state = model.state_dict()
-    for name, layer in model.named_modules():
-        if not isinstance(layer, STTLinear):
-            continue
-        rows = layer.active_out_features // layer.blocks
-        weight = state[f"{name}.weight"].unflatten(0, (layer.blocks, -1))[:, :rows, :layer.active_in_features]
-        state[f"{name}.weight"] = weight.flatten(0, 1)
-        if layer.bias is not None:
-            state[f"{name}.bias"] = state[f"{name}.bias"].view(layer.blocks, -1)[:, :rows].flatten()
-    return state
-
-
 def cast_floats(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """All floating tensors in one dtype; the others as they are."""
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
@@ -173,13 +164,24 @@ def class_and_config(directory: Path) -> tuple[type[PreTrainedModel], PreTrained
 def read_weights(directory: Path) -> dict[str, Tensor]:
     """Tensors of a sliced checkpoint by name. Raises InputError if they are missing or damaged."""
     _sliced_entry(directory)
-    path = directory / WEIGHTS
-    if not path.is_file():
-        raise InputError(f"{directory} holds no {WEIGHTS}: save the model again")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise InputError(f"{path} is damaged or cut short ({error}): copy or save the checkpoint again") from error
+    state: dict[str, Tensor] = {}
+    for path in _weight_files(directory):
+        try:
+            state |= load_file(path)
+        except SafetensorError as error:
+            raise InputError(f"{path} is damaged or cut short ({error}): copy or save the checkpoint again") from error
+    return state
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The one file of weights, or the shards that an index beside them names."""
+    index = directory / SAFE_WEIGHTS_INDEX_NAME
+    names = sorted(set(_json(index)["weight_map"].values())) if index.is_file() else [WEIGHTS]
+    files = [directory / name for name in names]
+    for path in files:
+        if not path.is_file():
+            raise InputError(f"{directory} holds no {path.name}: save the model again")
+    return files
 
 
 def _named_class(name: str, origin: str) -> type[PreTrainedModel]:
@@ -201,11 +203,17 @@ def _selection_of(model: nn.Module) -> Selection:
     return selection
 
 
-def _check_no_adapter(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    foreign = state.keys() - expected.keys()
+def _check_no_adapter(state: Mapping[str, Tensor], expected: Collection[str]) -> None:
+    foreign = state.keys() - set(expected)
     if foreign:
         raise InputError(f"the sliced model has a tensor {min(foreign)!r} that its class does not have: merge LoRA "
                          "(STTLoraLinear.merge_and_convert) and remove other adapters first")
+
+
+def _down_biases(model: nn.Module) -> set[str]:
+    """Names of the biases that compensation makes where the model's class has none."""
+    return {f"{name}.bias" for name, layer in model.named_modules() if "compensate" in model.config.stt
+            and isinstance(layer, STTLinear) and layer.in_indices is not None}
 
 
 def _load_unsliced(model: PreTrainedModel, state: Mapping[str, Tensor], directory: Path) -> dict[str, Tensor]:
@@ -297,6 +305,10 @@ def _config_of(directory: Path) -> dict[str, object]:
     path = directory / CONFIG
     if not path.is_file():
         raise InputError(f"no sliced checkpoint at {directory} (no {CONFIG}): give a folder that stt.save wrote")
+    return _json(path)
+
+
+def _json(path: Path) -> dict[str, object]:
     try:
         return json.loads(path.read_text())
     except ValueError as error:

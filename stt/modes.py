@@ -9,9 +9,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from stt.calibrate import Batch
+from stt.batches import Batch
 from stt.errors import InputError, unknown_name
-from stt.selecting import Budget, composition, keep, measure
+from stt.selecting import Budget, composition, kept, measure
 from stt.selection import Selection
 from stt.sites import find_sites
 from stt.stt_lora import STTLoraLinear, add_stt_lora
@@ -63,17 +63,17 @@ def check_sites(model: nn.Module, partial: str) -> None:
 
 
 def select_units(mode: Mode, model: nn.Module, batches: Iterable[Batch], tokenizer: PreTrainedTokenizerBase | None,
-                 size: Budget, threshold: float, seed: int,
-                 count_padding: bool = False) -> tuple[Selection, dict[str, dict[str, int]]]:
+                 size: Budget, threshold: float, seed: int, count_padding: bool = False, select_on: str = "all",
+                 compensate: str = "none") -> tuple[Selection, dict[str, dict[str, int]]]:
     """The mode's selection and, for STT's, its composition by site. Every other score gets STT's sizes site by site,
     so that modes differ in which neurons they keep and in nothing else."""
     measured = measure(model, batches, tokenizer, ["stt", mode.score], threshold=threshold, seed=seed,
-                       count_padding=count_padding)
-    by_stt = keep(measured, "stt", size)
+                       count_padding=count_padding, select_on=select_on, compensate=compensate)
     if mode.score == "stt":
+        by_stt = kept(measured, "stt", size)
         return by_stt, composition(measured, by_stt)
-    counts = {site: len(ids) for site, ids in by_stt.items()}
-    return keep(measured, mode.score, Budget(size.topk_ratio, size.keep_ratio, counts)), {}
+    counts = {site: len(ids) for site, ids in kept(measured, "stt", size, "none").items()}
+    return kept(measured, mode.score, Budget(size.topk_ratio, size.keep_ratio, counts)), {}
 
 
 def prepare(mode: Mode, model: nn.Module, selection: Selection | None, lora: Lora, head: str,

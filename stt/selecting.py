@@ -1,6 +1,7 @@
 """sites -> scores -> budget -> Selection: the one place where a method's name becomes a choice of neurons."""
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -10,10 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from stt import budget, scores
-from stt.calibrate import Batch, Calibration, calibrate
+from stt import compensate as compensation
+from stt.batches import Batch
+from stt.calibrate import Calibration, calibrate
 from stt.errors import InputError
 from stt.selection import Selection
-from stt.sites import Sites, find_sites
+from stt.sites import Sites, find_sites, projection_weight
 
 STT = ("activation_mean", "activation_rate")
 
@@ -39,44 +42,57 @@ class Budget:
 
 @dataclass(frozen=True)
 class Measured:
-    """Scores by name and site, and what they were measured on."""
+    """Scores by name and site, the same from each half of the examples (None if one is empty), and the model and data
+    they were measured on."""
 
+    model: nn.Module
     sites: Sites
     scores: dict[str, dict[str, Tensor]]
+    halves: tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]] | None
     calibration: Calibration
     options: dict[str, object]
 
 
 def select(model: nn.Module, data: Iterable[Batch] = (), tokenizer: PreTrainedTokenizerBase | None = None, *,
-           score: str = "stt", topk_ratio: float = 0.3, keep_ratio: float | None = None,
-           like: Mapping[str, Tensor] | None = None, across_sites: bool = False, threshold: float = 0.01,
+           score: str = "stt", keep: float | Mapping[str, Tensor] | None = None, topk_ratio: float = 0.3,
+           across_sites: bool = False, compensate: str = "none", select_on: str = "all", threshold: float = 0.01,
            seed: int = 42, count_padding: bool = False) -> Selection:
-    """The neurons of `model` worth keeping, judged on `data` (an iterable of batches).
+    """The neurons of `model` worth keeping, judged on `data` (an iterable of batches, or a list of strings).
 
-    `score` is "stt" (the union of the best by mean activation and by activation rate) or the name of one score; `like`
-    is a selection whose sizes to match; `across_sites` ranks all units of the model together, by one score whose values
-    compare between sites. Raises InputError for an unknown score, a ratio outside (0, 1], empty data, or
-    a model without sites.
+    `score` is "stt" (the union of the best by mean activation and by activation rate) or the name of one score.
+    `keep` is the share of every site to keep, or a selection whose sizes to match; None keeps the best `topk_ratio` by
+    each score, as published. `across_sites` ranks all units of the model together, by one score whose values compare
+    between sites. `compensate` ("none", "mean", "lstsq") folds what the removed neurons contributed into the kept ones;
+    the new values travel with the selection. `select_on` counts "all" tokens, those of the "prompt" or of the "answer".
+    How far the two halves of the data agree, and how clear the cut is, stands in `meta["reliability"]`.
 
-    >>> selection = stt.select(model, batches, tokenizer, keep_ratio=0.3)
+    Raises InputError for an unknown name, a ratio outside (0, 1], empty data, or a model without sites.
+
+    >>> selection = stt.select(model, batches, tokenizer, score="contribution", keep=0.3)
     """
-    counts = None if like is None else {site: len(ids) for site, ids in like.items()}
-    size = Budget(topk_ratio, keep_ratio, counts, across_sites)
-    measured = measure(model, data, tokenizer, [score], threshold=threshold, seed=seed, count_padding=count_padding)
-    return keep(measured, score, size)
+    counts = {site: len(ids) for site, ids in keep.items()} if isinstance(keep, Mapping) else None
+    size = Budget(topk_ratio, None if counts else keep, counts, across_sites)
+    measured = measure(model, data, tokenizer, [score], threshold=threshold, seed=seed, count_padding=count_padding,
+                       select_on=select_on, compensate=compensate)
+    return kept(measured, score, size)
 
 
 def measure(model: nn.Module, data: Iterable[Batch], tokenizer: PreTrainedTokenizerBase | None, methods: list[str], *,
             threshold: float = 0.01, seed: int = 42, count_padding: bool = False, progress: bool = True,
+            select_on: str = "all", compensate: str = "none",
             options: Mapping[str, Mapping[str, object]] | None = None) -> Measured:
-    """All scores that `methods` need, in one pass over `data`. `options` are keyword arguments by score name."""
+    """All scores that `methods` need, and the moments that `compensate` needs, in one pass over `data`. `options` are
+    keyword arguments by score name."""
     names = list(dict.fromkeys(name for method in methods for name in scores_of(method)))
     given = {"activation_rate": {"threshold": threshold}, "random": {"seed": seed}, **(options or {})}
     made = [scores.make(name, **given.get(name, {})) for name in names]
+    moments = compensation.moments_for(compensate)
     sites = find_sites(model)
-    calibration = calibrate(model, sites, made, data, tokenizer, count_padding, progress)
-    said = {"threshold": threshold, "seed": seed, "count_padding": count_padding, **(options or {})}
-    return Measured(sites, dict(zip(names, calibration.scores, strict=True)), calibration, said)
+    calibration = calibrate(model, sites, made, data, tokenizer, count_padding, progress, select_on, moments)
+    said = {"threshold": threshold, "seed": seed, "count_padding": count_padding, "select_on": select_on,
+            "compensate": compensate, **(options or {})}
+    halves = calibration.halves and tuple(dict(zip(names, half, strict=True)) for half in calibration.halves)
+    return Measured(model, sites, dict(zip(names, calibration.scores, strict=True)), halves, calibration, said)
 
 
 def scores_of(method: str) -> tuple[str, ...]:
@@ -84,32 +100,66 @@ def scores_of(method: str) -> tuple[str, ...]:
     return STT if method == "stt" else (method,)
 
 
-def keep(measured: Measured, method: str, size: Budget) -> Selection:
-    """The selection that `method` makes of what was measured."""
-    if size.counts is not None:
-        for name in sorted(size.counts.keys() ^ measured.sites.keys()):
-            is_extra = name in size.counts
-            wrong = f"names {name!r}, which is no" if is_extra else f"misses {name!r}, which is a"
-            raise InputError(f"the budget {wrong} site of this model: "
-                             f"give the number of units of each of its {len(measured.sites)} sites")
-    names = scores_of(method)
-    if size.across_sites:
-        if len(names) > 1:
-            raise InputError(f"across_sites needs one score, {method!r} has {len(names)}: use {' or '.join(names)}")
-        units = budget.global_top(measured.scores[method], size.keep_ratio)
-    else:
-        units = {site: _kept([measured.scores[name][site] for name in names], size, site) for site in measured.sites}
+def kept(measured: Measured, method: str, size: Budget, compensate: str | None = None) -> Selection:
+    """The selection that `method` makes of what was measured. `compensate` is what was asked of `measure`, or less."""
+    compensate = measured.options["compensate"] if compensate is None else compensate
+    units = _units(measured.sites, measured.scores, method, size)
+    values, ridges = _compensated(measured, units, compensate)
     meta = {"method": method, "topk_ratio": size.topk_ratio, "keep_ratio": size.keep_ratio,
-            "across_sites": size.across_sites, **measured.options,
+            "across_sites": size.across_sites, **measured.options, "compensate": compensate,
             "calibration": {"digest": measured.calibration.digest, "tokens": measured.calibration.tokens,
                             "examples": measured.calibration.examples},
+            "reliability": _reliability(measured, method, size, units),
             "widths": {site.name: site.width for site in measured.sites.values()},
             "fingerprint": measured.sites.fingerprint,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
-    return Selection(units, meta)
+    return Selection(units, meta | ({"ridge": ridges} if ridges else {}), values)
 
 
-def _kept(of_site: list[Tensor], size: Budget, site: str) -> Tensor:
+def _units(sites: Sites, by_name: Mapping[str, Mapping[str, Tensor]], method: str, size: Budget) -> dict[str, Tensor]:
+    """The units `method` keeps of every site, by the scores given."""
+    if size.counts is not None:
+        for name in sorted(size.counts.keys() ^ sites.keys()):
+            is_extra = name in size.counts
+            wrong = f"names {name!r}, which is no" if is_extra else f"misses {name!r}, which is a"
+            raise InputError(f"the budget {wrong} site of this model: "
+                             f"give the number of units of each of its {len(sites)} sites")
+    names = scores_of(method)
+    if not size.across_sites:
+        return {site: _of_site([by_name[name][site] for name in names], size, site) for site in sites}
+    if len(names) > 1:
+        raise InputError(f"across_sites needs one score, {method!r} has {len(names)}: use {' or '.join(names)}")
+    return budget.global_top(by_name[method], size.keep_ratio)
+
+
+def _reliability(measured: Measured, method: str, size: Budget,
+                 units: Mapping[str, Tensor]) -> dict[str, dict[str, float | None]]:
+    """Of every site: the Jaccard overlap of what each half of the examples would keep (None without two halves), and
+    the margin at the cut (budget.margin, the smaller one of two scores; None if nothing is cut)."""
+    halves = measured.halves and [Selection(_units(measured.sites, half, method, size)) for half in measured.halves]
+    jaccard = halves[0].jaccard(halves[1]) if halves else {}
+    margins = {site: min(budget.margin(measured.scores[name][site], ids) for name in scores_of(method))
+               for site, ids in units.items()}
+    return {site: {"jaccard": jaccard.get(site), "margin": margin if math.isfinite(margin) else None}
+            for site, margin in margins.items()}
+
+
+def _compensated(measured: Measured, units: Mapping[str, Tensor],
+                 compensate: str) -> tuple[dict[str, Tensor], dict[str, float | None]]:
+    """New values of the down projections by parameter name, and the ridge of every site."""
+    values, ridges = {}, {}
+    for name, ids in units.items() if compensation.moments_for(compensate) else ():
+        down = measured.sites[name].down_module
+        module = measured.model.get_submodule(down)
+        halves = tuple(half[0].sums[name] for half in measured.calibration.apart)
+        folded = compensation.fold(projection_weight(module).detach(), module.bias, ids, halves, compensate)
+        dtype = torch.promote_types(module.weight.dtype, torch.float32)
+        values |= {f"{down}.weight": folded.weight.to("cpu", dtype), f"{down}.bias": folded.bias.to("cpu", dtype)}
+        ridges[name] = folded.ridge
+    return values, ridges
+
+
+def _of_site(of_site: list[Tensor], size: Budget, site: str) -> Tensor:
     if size.counts is not None:
         if not 1 <= size.counts[site] <= len(of_site[0]):
             raise InputError(f"the budget keeps {size.counts[site]} units of {site}, which has {len(of_site[0])}: "

@@ -14,18 +14,23 @@ from torch import Tensor
 from stt.errors import InputError
 
 FORMAT_VERSION = 1
+SELECTION = "selection.safetensors"  # its file in a checkpoint folder
+VALUES = "values/"  # before the name of a value in the file
 Ids = Tensor | Sequence[int]
 
 
 class Selection(Mapping[str, Tensor]):
     """Read-only mapping site name -> kept unit ids, sorted, unique, int64.
 
-    `meta` is JSON: method, arguments, widths of the dense sites (site -> F), model fingerprint, versions. Raises
+    `meta` is JSON: method, arguments, widths of the dense sites (site -> F), model fingerprint, versions. `new_values`
+    are those of what is kept, by parameter name of the sliced model: a selection with them is a patch. Raises
     InputError for ids that are negative, repeated, not whole numbers, or not below the site's width.
     """
 
-    def __init__(self, units: Mapping[str, Ids], meta: Mapping[str, object] | None = None):
+    def __init__(self, units: Mapping[str, Ids], meta: Mapping[str, object] | None = None,
+                 new_values: Mapping[str, Tensor] | None = None):
         self.meta: dict[str, object] = {"format_version": FORMAT_VERSION, **(meta or {})}
+        self.new_values = dict(new_values or {})
         self._units = {site: _checked(site, ids, self.widths.get(site)) for site, ids in units.items()}
 
     @property
@@ -42,14 +47,18 @@ class Selection(Mapping[str, Tensor]):
         return len(self._units)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Selection) and self._units.keys() == other.keys() \
-            and all(torch.equal(ids, other[site]) for site, ids in self.items())
+        return isinstance(other, Selection) and _equal(self._units, other._units) \
+            and _equal(self.new_values, other.new_values)
 
     __hash__ = None
 
     def __repr__(self) -> str:
         kept = sum(len(ids) for ids in self.values())
         return f"Selection({len(self)} sites, {kept} units kept of {sum(self.widths.values()) or 'unknown'})"
+
+    def without_new_values(self) -> Selection:
+        """The units and the meta alone."""
+        return Selection(self._units, self.meta)
 
     # ------------------------------------------------------------ set algebra, site by site
 
@@ -85,10 +94,11 @@ class Selection(Mapping[str, Tensor]):
     # ------------------------------------------------------------ file
 
     def save(self, path: str | Path) -> None:
-        """One safetensors file, int32 ids, JSON metadata; written beside and renamed, so never half there."""
+        """One safetensors file, int32 ids, values, JSON metadata; written beside and renamed, so never half there."""
         path = Path(path)
         temporary = path.with_name(path.name + ".part")
         tensors = {site: ids.to(torch.int32).contiguous() for site, ids in self.items()}
+        tensors |= {VALUES + name: value.contiguous() for name, value in self.new_values.items()}
         save_file(tensors, temporary, metadata={"stt": json.dumps(self.meta)})
         os.replace(temporary, path)
 
@@ -100,7 +110,7 @@ class Selection(Mapping[str, Tensor]):
         try:
             with safe_open(path, "pt") as file:
                 meta = (file.metadata() or {}).get("stt")
-                units = {site: file.get_tensor(site) for site in file.keys()}  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise InputError(f"{path} is not a readable safetensors file ({error}): "
                              "make the selection again") from error
@@ -111,7 +121,13 @@ class Selection(Mapping[str, Tensor]):
         if meta["format_version"] > FORMAT_VERSION:
             raise InputError(f"{path} has format {meta['format_version']}, this version reads up to {FORMAT_VERSION}: "
                              "update stt")
-        return cls({site: units[site] for site in (*meta.get("widths", ()), *units) if site in units}, meta)
+        values = {name.removeprefix(VALUES): value for name, value in tensors.items() if name.startswith(VALUES)}
+        units = {name: value for name, value in tensors.items() if not name.startswith(VALUES)}
+        return cls({site: units[site] for site in (*meta.get("widths", ()), *units) if site in units}, meta, values)
+
+
+def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
 
 
 def _parsed(meta: str | None) -> dict[str, object] | None:

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from stt.calibrate import Batch
+from stt.batches import Batch
 from stt.errors import InputError
-from stt.selecting import Budget, Measured, keep, measure
+from stt.selecting import Budget, Measured, kept, measure
 from stt.selection import Selection
 from stt.sites import find_sites
 
@@ -60,7 +60,7 @@ class Tracker:
     def _kept(self, size: Budget) -> Selection:
         if self.measured is None:
             raise InputError("nothing was measured yet: call collect(dataloader) or get_active_indices(dataloader)")
-        selection = keep(self.measured, self.method, size)
+        selection = kept(self.measured, self.method, size)
         if self.verbose:
             logger.info("%s: %r", self.method, selection)
         return selection

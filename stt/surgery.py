@@ -99,6 +99,20 @@ def sliced_parameters(model: nn.Module) -> list[str]:
     return [f"{name}.{parameter}" for name, module in layers for parameter, _ in module.named_parameters(recurse=False)]
 
 
+def narrow_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a sliced model without the padding of its layers; the model is left as it is."""
+    state = model.state_dict()
+    for name, layer in model.named_modules():
+        if not isinstance(layer, STTLinear):
+            continue
+        rows = layer.active_out_features // layer.blocks
+        weight = state[f"{name}.weight"].unflatten(0, (layer.blocks, -1))[:, :rows, :layer.active_in_features]
+        state[f"{name}.weight"] = weight.flatten(0, 1)
+        if layer.bias is not None:
+            state[f"{name}.bias"] = state[f"{name}.bias"].view(layer.blocks, -1)[:, :rows].flatten()
+    return state
+
+
 def pad_sites(model: nn.Module, multiple: int) -> None:
     """Pad every sliced site with exact zeros to a multiple of `multiple` kept units; 1 takes the padding away."""
     for module in model.modules():

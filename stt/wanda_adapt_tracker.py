@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from stt.calibrate import Batch, batched
+from stt.batches import Batch, batched
 from stt.errors import InputError
 from stt.selection import Selection
 from stt.stt_tracker import Tracker

@@ -12,7 +12,7 @@ from torch import Tensor
 import stt
 from stt import budget
 from stt.errors import InputError
-from stt.selecting import Budget, composition, keep, measure
+from stt.selecting import Budget, composition, kept, measure
 from stt.stt_tracker import STTTracker
 
 WIDTHS = [1, 2, 9, 10, 44, 101]
@@ -120,24 +120,24 @@ def test_keep_by_each_budget(measured) -> None:
     mean, rate = measured.scores["activation_mean"], measured.scores["activation_rate"]
     for site in measured.sites:
         expected = sorted({*best(mean[site], 13), *best(rate[site], 13)})  # int(0.3 * 44)
-        assert keep(measured, "stt", Budget())[site].tolist() == expected
+        assert kept(measured, "stt", Budget())[site].tolist() == expected
         magnitude = measured.scores["magnitude"][site]
-        assert keep(measured, "magnitude", Budget())[site].tolist() == best(magnitude, 13)
-        assert len(keep(measured, "stt", Budget(keep_ratio=0.3))[site]) == 13
+        assert kept(measured, "magnitude", Budget())[site].tolist() == best(magnitude, 13)
+        assert len(kept(measured, "stt", Budget(keep_ratio=0.3))[site]) == 13
         counts = {name: 5 + i for i, name in enumerate(measured.sites)}
-        matched = keep(measured, "magnitude", Budget(counts=counts))
+        matched = kept(measured, "magnitude", Budget(counts=counts))
         assert matched[site].tolist() == best(magnitude, counts[site])
-    assert all(ids.tolist() == list(range(44)) for ids in keep(measured, "stt", Budget(topk_ratio=1.0)).values())
+    assert all(ids.tolist() == list(range(44)) for ids in kept(measured, "stt", Budget(topk_ratio=1.0)).values())
 
 
 def test_one_ranking_over_all_sites(measured) -> None:
-    selection = keep(measured, "magnitude", Budget(keep_ratio=0.25, across_sites=True))
+    selection = kept(measured, "magnitude", Budget(keep_ratio=0.25, across_sites=True))
     scored = [(-float(value), i, site, unit) for i, (site, score) in enumerate(measured.scores["magnitude"].items())
               for unit, value in enumerate(score)]
     expected = sorted((site, unit) for _, _, site, unit in sorted(scored)[:round(0.25 * len(scored))])
     assert sorted((site, int(unit)) for site, ids in selection.items() for unit in ids) == expected
     with pytest.raises(InputError, match="needs one score, 'stt' has 2"):
-        keep(measured, "stt", Budget(keep_ratio=0.25, across_sites=True))
+        kept(measured, "stt", Budget(keep_ratio=0.25, across_sites=True))
     with pytest.raises(InputError, match="give keep_ratio"):
         Budget(across_sites=True)
 
@@ -146,19 +146,19 @@ def test_one_ranking_over_all_sites(measured) -> None:
 def test_impossible_counts(measured, count: int) -> None:
     counts = dict.fromkeys(measured.sites, 3) | {"model.layers.1.mlp": count}
     with pytest.raises(InputError, match=f"the budget keeps {count} units of model.layers.1.mlp, which has 44"):
-        keep(measured, "stt", Budget(counts=counts))
+        kept(measured, "stt", Budget(counts=counts))
 
 
 def test_counts_of_other_sites(measured) -> None:
     with pytest.raises(InputError, match="the budget misses 'model.layers.1.mlp', which is a site.*its 2 sites"):
-        keep(measured, "stt", Budget(counts={"model.layers.0.mlp": 3}))
+        kept(measured, "stt", Budget(counts={"model.layers.0.mlp": 3}))
     with pytest.raises(InputError, match="the budget names 'elsewhere', which is no site of this model"):
-        keep(measured, "stt", Budget(counts=dict.fromkeys(measured.sites, 3) | {"elsewhere": 3}))
+        kept(measured, "stt", Budget(counts=dict.fromkeys(measured.sites, 3) | {"elsewhere": 3}))
 
 
 @pytest.mark.parametrize("size", [Budget(), Budget(0.05), Budget(keep_ratio=0.3), Budget(keep_ratio=0.01)])
 def test_composition_adds_up(measured, size: Budget) -> None:
-    selection = keep(measured, "stt", size)
+    selection = kept(measured, "stt", size)
     for site, parts in composition(measured, selection).items():
         assert sum(parts.values()) == len(selection[site])
         if size.keep_ratio is None:
@@ -185,10 +185,10 @@ def test_select_is_the_tracker() -> None:
 def test_select_like_another_selection() -> None:
     model, batch = tiny.build("phi")
     by_stt = stt.select(model, [batch], topk_ratio=0.2)
-    at_random = stt.select(model, score="random", like=by_stt)
+    at_random = stt.select(model, score="random", keep=by_stt)
     assert [len(ids) for ids in at_random.values()] == [len(ids) for ids in by_stt.values()]
     assert at_random != by_stt
-    assert at_random == stt.select(model, score="random", like=by_stt)
-    assert at_random != stt.select(model, score="random", like=by_stt, seed=1)
+    assert at_random == stt.select(model, score="random", keep=by_stt)
+    assert at_random != stt.select(model, score="random", keep=by_stt, seed=1)
     with pytest.raises(InputError, match="unknown score 'magnitud'. Did you mean 'magnitude'"):
         stt.select(model, score="magnitud")

@@ -150,7 +150,7 @@ def test_dtype_and_device_of_the_caller(tmp_path: Path) -> None:
 def test_generation_config_tokenizer_and_base_travel(tmp_path: Path) -> None:
     model, _ = sliced_tiny("llama")
     model.generation_config = GenerationConfig(max_new_tokens=7, eos_token_id=5)
-    model.config.name_or_path = "some/dense-model"
+    model.config.stt["base"] = "some/dense-model"
     tokenizer = build_tokenizer()
     save(model, tmp_path / "model", tokenizer)
     loaded = load(tmp_path / "model")

@@ -7,7 +7,7 @@ import torch
 from tiny_text import build_decoder
 from torch import multiprocessing
 
-from stt.selecting import Budget, keep, measure
+from stt.selecting import Budget, kept, measure
 
 
 def measured(batches: list[torch.Tensor]):
@@ -18,7 +18,7 @@ def worker(rank: int, folder: str, batches: list[torch.Tensor]) -> None:
     torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
     torch.set_num_threads(1)
     found = measured(batches[rank::2])
-    torch.save({"scores": found.scores, "selection": dict(keep(found, "stt", Budget(0.3)))}, f"{folder}/{rank}.pt")
+    torch.save({"scores": found.scores, "selection": dict(kept(found, "stt", Budget(0.3)))}, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -31,5 +31,5 @@ def test_statistics_add_up_over_ranks(tmp_path: Path):
         for site, score in sites.items():
             assert torch.equal(one["scores"][name][site], other["scores"][name][site])
             torch.testing.assert_close(one["scores"][name][site], score, rtol=1e-6, atol=1e-6)
-    expected = keep(whole, "stt", Budget(0.3))
+    expected = kept(whole, "stt", Budget(0.3))
     assert all(torch.equal(one["selection"][site], ids) for site, ids in expected.items())

@@ -5,6 +5,8 @@ The loop is written from the definitions: it knows hooks and plain sums, nothing
 from __future__ import annotations
 
 import math
+import re
+from importlib.metadata import EntryPoint, EntryPoints
 
 import pytest
 import tiny
@@ -15,16 +17,17 @@ from transformers.pytorch_utils import Conv1D
 from stt import scores
 from stt.calibrate import Calibration, calibrate
 from stt.errors import InputError
-from stt.scores.base import Seen
+from stt.scores.base import Seen, Weights
 from stt.sites import find_sites
 
 DECODERS = ["llama", "phi3", "gpt2", "gptj", "gpt_neo", "opt", "bloom", "falcon", "gemma2"]
 ENCODERS = ["bert", "bert-mlm", "roberta", "distilbert", "albert", "deberta-v2", "modernbert", "mpnet"]
 SEQ2SEQ = ["t5", "mt5", "bart"]
 VISION = ["vit", "swin", "dinov2-swiglu"]
+IN_FLOAT32 = ("gptj", "gpt_neo")  # compute their attention in it, whatever the weights are
 THRESHOLD = 0.2
 MEASURED = {"activation_mean": {}, "activation_rate": {"threshold": THRESHOLD}, "gate_product": {}, "wanda": {},
-            "taylor": {}}
+            "taylor": {}, "contribution": {}, "fluctuation": {}, "outside_score:MeanSize": {}}
 Example = dict[str, Tensor]
 
 
@@ -123,8 +126,34 @@ def taylor(model: nn.Module, site: str, seen: dict[str, list[Tensor]]) -> Tensor
     return sum((a * g).abs() for a, g in zip(seen["hidden"], seen["gradient"], strict=True))
 
 
+def down_columns(model: nn.Module, site: str) -> list[list[float]]:
+    module = model.get_submodule(find_sites(model)[site].down_module)
+    return (module.weight if isinstance(module, Conv1D) else module.weight.T).tolist()
+
+
+def contribution(model: nn.Module, site: str, seen: dict[str, list[Tensor]]) -> Tensor:
+    """Root of the mean square of the vectors that a neuron adds to the output, one per token."""
+    rows = [row.tolist() for row in seen["hidden"]]
+    sizes = [math.sqrt(sum(w * w for w in column)) for column in down_columns(model, site)]
+    return torch.tensor([math.sqrt(sum((row[i] * size) ** 2 for row in rows) / len(rows))
+                         for i, size in enumerate(sizes)], dtype=torch.float64)
+
+
+def fluctuation(model: nn.Module, site: str, seen: dict[str, list[Tensor]]) -> Tensor:
+    """Mean squared distance of those vectors from their mean."""
+    rows = [row.tolist() for row in seen["hidden"]]
+    means = [sum(values) / len(rows) for values in zip(*rows, strict=True)]
+    return torch.tensor([sum((row[i] - means[i]) ** 2 for row in rows) / len(rows) * sum(w * w for w in column)
+                         for i, column in enumerate(down_columns(model, site))], dtype=torch.float64)
+
+
+def mean_size(model: nn.Module, site: str, seen: dict[str, list[Tensor]]) -> Tensor:
+    return sum(row.abs() for row in seen["hidden"]) / len(seen["hidden"])
+
+
 LOOPS = {"activation_mean": mean, "activation_rate": rate, "gate_product": gate_product, "wanda": wanda,
-         "taylor": taylor}
+         "taylor": taylor, "contribution": contribution, "fluctuation": fluctuation,
+         "outside_score:MeanSize": mean_size}
 
 
 # ---------------------------------------------------------------- examples, and batches made of them
@@ -170,14 +199,14 @@ def measured(model: nn.Module, batches: list[Example], **options: object) -> Cal
     return calibrate(model, find_sites(model), made, batches, progress=False, **options)
 
 
-def assert_equal(actual: Calibration, expected: dict[str, dict[str, Tensor]]) -> None:
+def assert_equal(actual: Calibration, expected: dict[str, dict[str, Tensor]], tolerance: float) -> None:
     for (name, by_site), result in zip(expected.items(), actual.scores, strict=True):
         assert list(result) == list(by_site)
         for site, value in by_site.items():
             got = result[site]
-            assert (got.dtype, got.shape, got.device.type) == (torch.float32, value.shape, "cpu")
-            error = (got.double() - value.double()).abs().max() / value.abs().max()
-            assert error < 1e-6, f"{name} of {site}: {error:.1e}"
+            assert (got.dtype, got.shape, got.device.type) == (torch.float64, value.shape, "cpu")
+            error = (got - value.double()).abs().max() / value.abs().max()
+            assert error < (tolerance if value.dtype == torch.float64 else 1e-6), f"{name} of {site}: {error:.1e}"
 
 
 @pytest.mark.parametrize("name", DECODERS + ENCODERS + SEQ2SEQ + VISION)
@@ -192,7 +221,7 @@ def test_every_score_equals_the_loop_however_batches_are_made(name: str) -> None
         [padded(examples, left=name not in SEQ2SEQ, extra=4)],
     )]
     for calibration in seen:
-        assert_equal(calibration, expected)
+        assert_equal(calibration, expected, 1e-6 if name in IN_FLOAT32 else 1e-10)
         assert (calibration.examples, calibration.tokens) == (5, 5 if name in VISION else 22)
         assert calibration.digest == seen[0].digest
     assert measured(model, [padded(examples[:4])]).digest != seen[0].digest
@@ -213,8 +242,8 @@ def test_counting_padding_is_what_the_published_code_does(name: str) -> None:
         ignoring = dict(zip(MEASURED, measured(model, [batch]).scores, strict=True))
         for site, recorder in recorders.items():
             pre = torch.stack(recorder.rows["pre"])
-            torch.testing.assert_close(result["activation_mean"][site], pre.mean(0).float(), rtol=1e-5, atol=1e-6)
-            assert torch.equal(result["activation_rate"][site], (pre >= THRESHOLD).float().mean(0))
+            torch.testing.assert_close(result["activation_mean"][site], pre.mean(0))
+            assert torch.equal(result["activation_rate"][site], (pre >= THRESHOLD).double().mean(0))
             assert not torch.allclose(result["activation_mean"][site], ignoring["activation_mean"][site], atol=1e-2)
 
 
@@ -232,9 +261,9 @@ def test_the_gate_of_a_fused_layer_need_not_come_first(gate: slice, up: slice) -
         model(**batch)
     both = [scores.make("activation_mean"), scores.make("magnitude")]
     by_mean, magnitude = calibrate(model, find_sites(model), both, [batch], progress=False).scores
-    torch.testing.assert_close(by_mean["layers.1.linears"], outputs[-1].flatten(0, 1).mean(0)[gate])
+    torch.testing.assert_close(by_mean["layers.1.linears"], outputs[-1].flatten(0, 1).double().mean(0)[gate])
     weight = model.layers[1].linears[0].weight.detach()
-    torch.testing.assert_close(magnitude["layers.1.linears"], weight.abs().sum(1)[gate])
+    torch.testing.assert_close(magnitude["layers.1.linears"], weight.double().abs().sum(1)[gate])
 
 
 # ---------------------------------------------------------------- options, one score at a time
@@ -249,19 +278,23 @@ def seen_rows() -> tuple[Seen, Tensor, Tensor]:
 def result(name: str, weight: Tensor | None = None, **options: object) -> Tensor:
     score = scores.make(name, **options)
     score.update("a", seen_rows()[0])
-    return score.result("a", torch.zeros(6, 4) if weight is None else weight)
+    return score.result("a", of_gate(torch.zeros(6, 4) if weight is None else weight))
+
+
+def of_gate(weight: Tensor) -> Weights:
+    return Weights(weight.double(), torch.zeros(1, len(weight)).double())
 
 
 def test_options() -> None:
     _, x, pre = seen_rows()
     weight = torch.randn(6, 4)
     absolute = result("activation_rate", threshold=0.5, use_abs=True)
-    assert torch.equal(absolute, (pre.abs() >= 0.5).float().mean(0))
+    assert torch.equal(absolute, (pre.abs() >= 0.5).double().mean(0))
     assert not torch.equal(absolute, result("activation_rate", threshold=0.5))
     at_a_value = result("activation_rate", threshold=pre[2, 3].item())
-    assert torch.equal(at_a_value[3], (pre[:, 3] >= pre[2, 3]).float().mean())
-    torch.testing.assert_close(result("wanda", weight, norm="l1"), weight.abs() @ x.abs().sum(0))
-    torch.testing.assert_close(result("wanda", weight), weight.abs() @ x.square().sum(0).sqrt())
+    assert torch.equal(at_a_value[3], (pre[:, 3] >= pre[2, 3]).double().mean())
+    torch.testing.assert_close(result("wanda", weight, norm="l1"), weight.double().abs() @ x.abs().sum(0).double())
+    torch.testing.assert_close(result("wanda", weight), weight.double().abs() @ x.square().sum(0).double().sqrt())
     with pytest.raises(InputError, match="unknown norm 'l3'"):
         scores.make("wanda", norm="l3")
 
@@ -277,7 +310,7 @@ def test_magnitude_and_random_need_no_data(name: str) -> None:
     magnitude, at_random = without_data(seed=3)
     for site in sites:
         expected = [sum(abs(w) for w in row) for row in gate_rows(model, site).tolist()]
-        torch.testing.assert_close(magnitude[site], torch.tensor(expected), rtol=1e-6, atol=0)
+        torch.testing.assert_close(magnitude[site], torch.tensor(expected, dtype=torch.float64))
         assert len(at_random[site].unique()) == sites[site].width
         assert torch.equal(without_data(seed=3)[1][site], at_random[site])
         assert not torch.equal(without_data(seed=4)[1][site], at_random[site])
@@ -287,15 +320,35 @@ def test_magnitude_and_random_need_no_data(name: str) -> None:
 
 def test_random_uses_every_bit_of_its_seed_and_leaves_torch_alone() -> None:
     before = torch.get_rng_state()
-    drawn = [scores.make("random", seed=seed).result("a", torch.zeros(50, 1)) for seed in (0, 1, 2, 2**32, 2**40)]
+    rows = of_gate(torch.zeros(50, 1))
+    drawn = [scores.make("random", seed=seed).result("a", rows) for seed in (0, 1, 2, 2**32, 2**40)]
     assert len({tuple(values.tolist()) for values in drawn}) == 5
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_folder_is_the_registry() -> None:
-    assert scores.names() == sorted([*MEASURED, "magnitude", "random"])
+    inside = [name for name in MEASURED if ":" not in name]
+    assert scores.names() == sorted([*inside, "magnitude", "random"])
     with pytest.raises(InputError, match="unknown score 'wands'. Did you mean 'wanda'. Choose one of: activation_m"):
         scores.make("wands")
+
+
+def test_scores_of_installed_packages_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = EntryPoints([EntryPoint("mean_size", "outside_score:MeanSize", scores.GROUP)])
+    monkeypatch.setattr(scores, "entry_points", lambda **chosen: points.select(**chosen))
+    assert "mean_size" in scores.names()
+    assert type(scores.make("mean_size")) is type(scores.make("outside_score:MeanSize"))
+    assert type(scores.make("magnitude")).__module__ == "stt.scores.magnitude"
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("nowhere:Score", "cannot load the score 'nowhere:Score' (No module named 'nowhere'): give package.module:Class"),
+    ("outside_score:Absent", "cannot load the score 'outside_score:Absent' (module 'outside_score' has no attribute"),
+    ("math:sqrt", "'math:sqrt' is no score"), ("collections:OrderedDict", "is no score: it must be a subclass of"),
+    ("stt.scores.base:Score", "is no score")])
+def test_what_is_no_score_is_refused(name: str, said: str) -> None:
+    with pytest.raises(InputError, match=re.escape(said)):
+        scores.make(name)
 
 
 # ---------------------------------------------------------------- precision
@@ -306,7 +359,7 @@ def test_small_batches_add_up_after_a_large_one() -> None:
     score = scores.make("wanda", norm="l1")
     for value in (2.0**24, *[1.0] * 8):
         score.update("a", Seen(inputs=torch.tensor([[value]])))
-    assert score.result("a", torch.ones(1, 1)).tolist() == [2**24 + 8]
+    assert score.result("a", of_gate(torch.ones(1, 1))).tolist() == [2**24 + 8]
 
 
 @pytest.mark.parametrize("under_autocast", [False, True])
@@ -326,5 +379,5 @@ def test_sums_are_not_rounded_to_half_precision(under_autocast: bool) -> None:
     for site, outputs in pre.items():
         rows = torch.cat(outputs)
         assert rows.dtype == torch.bfloat16
-        torch.testing.assert_close(by_mean[site], rows.double().mean(0).float(), rtol=1e-5, atol=1e-6)
-        assert torch.equal(by_rate[site], (rows >= THRESHOLD).double().mean(0).float())
+        torch.testing.assert_close(by_mean[site], rows.double().mean(0), rtol=1e-5, atol=1e-6)
+        assert torch.equal(by_rate[site], (rows >= THRESHOLD).double().mean(0))

@@ -192,7 +192,7 @@ def test_reports() -> None:
     assert transformer.record_original_active_indices() == {"model.layers.0.mlp": [1, 5, 9],
                                                             "model.layers.1.mlp": list(range(22))}
     assert json.loads(model.config.to_json_string())["stt"] == {
-        "format_version": 1, "sites": {"model.layers.0.mlp": [3, 44], "model.layers.1.mlp": [22, 44]}}
+        "format_version": 1, "base": None, "sites": {"model.layers.0.mlp": [3, 44], "model.layers.1.mlp": [22, 44]}}
     assert model.stt_selection.widths == {"model.layers.0.mlp": 44, "model.layers.1.mlp": 44}
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from stt.scores.base import Score, Seen
+from stt.scores.base import Score, Seen, Weights
 
 
 @dataclass
@@ -13,9 +13,9 @@ class ActivationMean(Score):
     needs: tuple[str, ...] = ("outputs",)
 
     def update(self, site: str, seen: Seen) -> None:
-        self.add_mean(site, seen.outputs, seen.is_token)
+        self.add_moments(site, seen.outputs, seen.is_token)
 
-    def result(self, site: str, weight: Tensor) -> Tensor:
+    def result(self, site: str, weights: Weights) -> Tensor:
         return self.mean(site)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from stt.scores.base import Score, Seen
+from stt.scores.base import Score, Seen, Weights
 
 
 @dataclass
@@ -18,9 +18,9 @@ class ActivationRate(Score):
 
     def update(self, site: str, seen: Seen) -> None:
         x = seen.outputs.abs() if self.use_abs else seen.outputs
-        self.add_mean(site, x >= self.threshold, seen.is_token)
+        self.add_moments(site, x >= self.threshold, seen.is_token)
 
-    def result(self, site: str, weight: Tensor) -> Tensor:
+    def result(self, site: str, weights: Weights) -> Tensor:
         return self.mean(site)
 
 

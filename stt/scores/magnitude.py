@@ -5,15 +5,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from stt.scores.base import Score
+from stt.scores.base import Score, Weights
 
 
 @dataclass
 class Magnitude(Score):
     needs: tuple[str, ...] = ("weights",)
 
-    def result(self, site: str, weight: Tensor) -> Tensor:
-        return weight.abs().sum(1)  # (F, D) -> (F,)
+    def result(self, site: str, weights: Weights) -> Tensor:
+        return weights.gate.abs().sum(1)  # (F, D) -> (F,)
 
 
 make = Magnitude

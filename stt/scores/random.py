@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stt.scores.base import Score
+from stt.scores.base import Score, Weights
 
 
 @dataclass
@@ -15,9 +15,9 @@ class Random(Score):
     needs: tuple[str, ...] = ("weights",)
     seed: int = 0
 
-    def result(self, site: str, weight: Tensor) -> Tensor:
+    def result(self, site: str, weights: Weights) -> Tensor:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {site}".encode()))  # 32 bits is all it uses
-        return torch.rand(len(weight), generator=generator)
+        return torch.rand(len(weights.gate), generator=generator).double()
 
 
 make = Random

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from stt.scores.base import Score, Seen, over_tokens
+from stt.scores.base import Score, Seen, Weights, over_tokens, wide
 
 
 @dataclass
@@ -17,10 +17,10 @@ class Taylor(Score):
     needs: tuple[str, ...] = ("hidden", "gradients")
 
     def update(self, site: str, seen: Seen) -> None:
-        self.add(site, "sum", over_tokens((seen.hidden.float() * seen.gradients.float()).abs(), seen.is_token))
+        self.add(site, "sum", over_tokens((wide(seen.hidden) * wide(seen.gradients)).abs(), seen.is_token))
 
-    def result(self, site: str, weight: Tensor) -> Tensor:
-        return self.sums[site]["sum"].float()
+    def result(self, site: str, weights: Weights) -> Tensor:
+        return self.sums[site]["sum"]
 
 
 make = Taylor

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from stt.errors import unknown_name
-from stt.scores.base import Score, Seen, over_tokens
+from stt.scores.base import Score, Seen, Weights, over_tokens, wide
 
 
 @dataclass
@@ -22,12 +22,12 @@ class Wanda(Score):
             raise unknown_name("norm", self.norm, ("l1", "l2"))
 
     def update(self, site: str, seen: Seen) -> None:
-        x = seen.inputs.float()
+        x = wide(seen.inputs)
         self.add(site, "sum", over_tokens(x.square() if self.norm == "l2" else x.abs(), seen.is_token))
 
-    def result(self, site: str, weight: Tensor) -> Tensor:
+    def result(self, site: str, weights: Weights) -> Tensor:
         total = self.sums[site]["sum"]
-        return weight.abs() @ (total.sqrt() if self.norm == "l2" else total).float()  # (F, D) @ (D,) -> (F,)
+        return weights.gate.abs() @ (total.sqrt() if self.norm == "l2" else total)  # (F, D) @ (D,) -> (F,)
 
 
 make = Wanda
