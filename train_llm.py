@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from stt.evaluate.llm import Judge
     from stt.modes import Mode
     from stt.selection import Selection
+    from util.clock import Clock
     from util.sinks import Sink
 
 logger = logging.getLogger("stt.train_llm")
@@ -52,10 +53,11 @@ def main(args: LLMArgs) -> int:
     # ---------------------------------------------------------------- everything that can be wrong, before any write
     args, device, clock = resolved(args), pick_device(), Clock()
     set_seed(args.seed)
-    mode = modes.find(args.mode)
+    mode = modes.find(args.mode, args.score)
     run = RunFolder(Path(args.output_dir) / args.run_name, args.overwrite, args.resume)
     step = resumed_step(run.path, args) if args.resume else 0
-    task, tokenizer = load_data(args), load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model)
+    task = load_data(args, tokenizer)
     encoded, _ = encode_all(task.train, tokenizer, args.max_length, args.apply_chat_template)
     autocast_dtype = compute_dtype(args.precision, device)
     judge = Judge(args.model, task, tokenizer, read_text(args.ppl_text), args.eval_batch, args.max_length,
@@ -70,8 +72,7 @@ def main(args: LLMArgs) -> int:
     selection, sites, flops = None, [], {}
     if mode.score:
         modes.check_sites(model, args.partial)
-        with clock.lap("selection"):
-            selection, sites, flops["selection"] = select(args, mode, model, judge, run.path)
+        selection, sites, flops["selection"] = select(args, mode, model, judge, run.path, clock)
     run.start(asdict(args), wandb(args), step)
     if selection is not None:
         selection.save(run.path / SELECTION)
@@ -95,42 +96,47 @@ def main(args: LLMArgs) -> int:
         flops["inference"] = judge.inference_flops(model)
         parameters |= {"kept": count_parameters(model)["total"], "kept_fraction_of_units": kept_fraction(selection)}
         pad_sites(model, GPU_MULTIPLE if device.type == "cuda" else 1)
-        accuracy = judge.test(model, run.path)
+        accuracy, answer_loss = judge.test(model, run.path), judge.answer_loss(model)
         perplexity["trained"] = judge.perplexity(model)
         throughput = judge.throughput(model, is_sliced=selection is not None)
         if args.eval_restored:
             accuracy["restored"] = judge.restored(model)
 
     # ---------------------------------------------------------------- ship and report
-    ship(model, tokenizer, run.path / "checkpoint", selection is not None)
+    ship(model, judge, run.path / "checkpoint", selection is not None)
     results = {
-        "recipe": "train_llm", "mode": args.mode, "model": args.model, "task": args.task, "seed": args.seed,
-        "head": args.head, "dev_mode": args.dev_mode, "accuracy": accuracy, "perplexity": perplexity,
-        "parameters": parameters, "flops": flops, "throughput": throughput, "peak_memory_bytes": peak,
-        "seconds": clock.seconds(), "sites": sites, "versions": versions(), "git_commit": git_commit(),
-        "device": str(device)}
+        "recipe": "train_llm", "mode": args.mode, "model": args.model, "task": task.name, "seed": args.seed,
+        "selected_by": selected_by(args, mode), "head": args.head, "dev_mode": args.dev_mode, "accuracy": accuracy,
+        "answer_loss": answer_loss, "perplexity": perplexity, "parameters": parameters, "flops": flops,
+        "throughput": throughput, "peak_memory_bytes": peak, "seconds": clock.seconds(), "sites": sites,
+        "versions": versions(), "git_commit": git_commit(), "device": str(device)}
     report.write_report(run.path, results)
     run.finish(results)
     print("\n".join([*report.summary_lines(results), f"report: {run.path / 'report.html'}"]))
     return 0
 
 
-def load_data(args: LLMArgs) -> Task:
-    """The task's splits, cut down as the flags say."""
-    from stt.dataset import dev_split, limit, load_task
+def load_data(args: LLMArgs, tokenizer: PreTrainedTokenizerBase) -> Task:
+    """The splits of the task or of the user's files, cut down as the flags say."""
+    from stt.dataset import dev_split, limit, load_task, read_own, tokenised
 
-    task = load_task(args.task, args.data_dir)
-    return limit(dev_split(task, DEV_SHARE, args.seed) if args.dev_mode else task, args.train_size, args.seed)
+    if args.train_file is None:
+        task = load_task(args.task, args.data_dir)
+    else:
+        task = read_own(args.train_file, args.eval_file, args.max_new_tokens)
+    task = limit(dev_split(task, DEV_SHARE, args.seed) if args.dev_mode else task, args.train_size, args.seed)
+    return tokenised(task, tokenizer, args.max_length, args.apply_chat_template) if args.train_file else task
 
 
-def select(args: LLMArgs, mode: Mode, model: PreTrainedModel, judge: Judge,
-           folder: Path) -> tuple[Selection, list[dict[str, object]], int]:
+def select(args: LLMArgs, mode: Mode, model: PreTrainedModel, judge: Judge, folder: Path,
+           clock: Clock) -> tuple[Selection, list[dict[str, object]], int]:
     """The selection, its sites for the record, and the FLOPs of making it.
 
     Raises InputError if a resumed run would select otherwise than it did.
     """
     from stt.dataset import encode_all, selection_subset
     from stt.modes import select_units
+    from stt.report import agreement_lines
     from stt.selecting import Budget
     from stt.selection import Selection
     from stt.trainers.sft import collate
@@ -140,14 +146,28 @@ def select(args: LLMArgs, mode: Mode, model: PreTrainedModel, judge: Judge,
     batches = [collate(judge.tokenizer.pad_token_id)(rows[i:i + args.eval_batch])
                for i in range(0, len(rows), args.eval_batch)]
     size = Budget(args.topk_ratio, args.keep_ratio)
-    selection, composition = select_units(mode, model, batches, judge.tokenizer, size, args.active_threshold,
-                                          args.seed, args.count_padding)
-    if args.resume and Selection.load(folder / SELECTION) != selection:
+    with clock.lap("selection"):
+        selection, composition = select_units(
+            mode, model, batches, judge.tokenizer, size, args.active_threshold, args.seed, args.count_padding,
+            args.select_on, args.compensate or "none")
+    if args.resume and Selection.load(folder / SELECTION).without_new_values() != selection.without_new_values():
         raise InputError(f"{folder / SELECTION} is not what this run selects now: the model or the data changed; start "
                          "again with --overwrite")
-    sites = [{"name": name, "width": selection.widths[name], "kept": len(ids), **composition.get(name, {})}
-             for name, ids in selection.items()]
-    return selection, sites, judge.selection_flops(model, rows)
+    sites = [{"name": name, "width": selection.widths[name], "kept": len(ids), **composition.get(name, {}),
+              **selection.meta["reliability"][name]} for name, ids in selection.items()]
+    logger.info("\n".join(agreement_lines(sites)))
+    methods = list(dict.fromkeys(["stt", mode.score]))
+    return selection, sites, judge.selection_flops(model, rows, methods, args.compensate or "none")
+
+
+def selected_by(args: LLMArgs, mode: Mode) -> str | None:
+    """What chose the neurons, in words."""
+    if mode.score is None:
+        return None
+    parts = [mode.score, *([] if args.compensate in (None, "none") else [f"compensated by {args.compensate}"]),
+             *([] if args.select_on == "all" else [f"on the {args.select_on}"]),
+             *([] if args.preset == "published" else [f"preset {args.preset}"])]
+    return ", ".join(parts)
 
 
 def kept_fraction(selection: Selection | None) -> float:
@@ -163,11 +183,14 @@ def read_text(path: str) -> str:
         raise InputError(f"cannot read {path} as UTF-8 text ({error}): give a text file") from error
 
 
-def ship(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, is_sliced: bool) -> None:
+def ship(model: PreTrainedModel, judge: Judge, folder: Path, is_sliced: bool) -> None:
     """The trained model and its tokenizer, for stt.load or plain from_pretrained; no value is rounded."""
     from stt import checkpoint
     from stt.surgery import widest_dtype
 
+    tokenizer, stop_ids = judge.tokenizer, judge.task.stop_ids
+    if stop_ids:  # the ends of a chat template's turns, which plain `generate` has to know
+        model.generation_config.eos_token_id = [tokenizer.eos_token_id, *stop_ids]
     if is_sliced:
         checkpoint.save(model, folder, tokenizer)
     else:

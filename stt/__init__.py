@@ -11,7 +11,7 @@ import importlib
 _HOME = {"select": "selecting", "apply": "stt_transformer", "train_only": "surgery", "save": "checkpoint",
          "load": "checkpoint", "restore": "checkpoint", "find_sites": "sites", "Selection": "selection",
          "STTTracker": "stt_tracker", "STTTransformer": "stt_transformer", "STTLinear": "mlps.stt_linear",
-         "STTLoraLinear": "stt_lora", "InputError": "errors"}
+         "STTLoraLinear": "stt_lora", "chunked_loss": "loss", "InputError": "errors"}
 
 __all__ = list(_HOME)
 __version__ = "0.1.0"

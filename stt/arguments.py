@@ -21,9 +21,17 @@ MODEL_ALIASES = {"qwen": "Qwen/Qwen2.5-1.5B", "qwen3": "Qwen/Qwen2.5-3B", "qwen7
 
 Mode = Literal["baseline", "lora", "stt", "stt_lora", "magnitude_pruning", "wanda_adapt", "random"]
 KEEPS_EVERYTHING = ("baseline", "lora")  # the modes that select no units
+STT_MODES = ("stt", "stt_lora")  # the modes whose score can be chosen
 Head = Literal["train", "freeze", "untie"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Partial = Literal["refuse", "ok"]
+Preset = Literal["published", "best"]
+Compensation = Literal["none", "mean", "lstsq"]
+Part = Literal["all", "prompt", "answer"]
+
+# What selects, where a flag leaves it open: as published, or what our own comparison (README, Results) says is best.
+PRESETS = {"published": {"score": "stt", "compensate": "none"},
+           "best": {"score": "contribution", "compensate": "lstsq"}}
 
 # What `None` stands for: the shipped model needs other numbers than a real one (those are the published defaults).
 FOR_SHIPPED_MODEL = {"lr": 1e-3, "num_epoch": 3, "train_batch": 32, "schedule": True}
@@ -39,6 +47,7 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
      lambda x: x >= 1, "1 or more"),
     (("train_size",), lambda x: x >= 0, "0 (= all) or more"),
     (("max_length",), lambda x: x >= 2, "2 or more"),
+    (("max_new_tokens",), lambda x: x >= 1, "1 or more"),
     (("seed",), lambda x: 0 <= x < 2**32, "from 0 to 4294967295"),
     (("active_threshold",), math.isfinite, "a finite number"),
 )
@@ -60,7 +69,8 @@ class LLMArgs:
 
     model: str = "models/stt-tiny"
     """folder, hub id, or qwen | qwen3 | qwen7 (Qwen2.5 with 1.5B | 3B | 7B)"""
-    task: Annotated[str, arg(aliases=("--dataset",))] = "clutrr"
+    task: Annotated[str | None, arg(aliases=("--dataset",), metavar="STR",
+                                    help_behavior_hint="(default: clutrr)")] = None
     """clutrr | boolq | arc-e | arc-c | obqa"""
     mode: Mode = "stt"
     """what is kept: everything (baseline, lora), STT's choice (stt, stt_lora), as much by another score (the others)"""
@@ -116,6 +126,16 @@ class LLMArgs:
     # ------------------------------------------------------------ ours
     keep_ratio: float | None = None
     """keep exactly this share of every site's neurons instead of the union that topk_ratio leads to"""
+    preset: Preset = "published"
+    """what --score and --compensate are if not given: as published (stt, none) or as we recommend (contribution,
+    lstsq)"""
+    score: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: the preset's)")] = None
+    """what ranks the neurons in the modes stt and stt_lora: stt, contribution, fluctuation, wanda, taylor, ..., or
+    package.module:Class for one of your own"""
+    compensate: Annotated[Compensation | None, arg(help_behavior_hint="(default: the preset's)")] = None
+    """fold what the removed neurons contributed into the kept ones: their mean into the bias, or by least squares"""
+    select_on: Part = "all"
+    """tokens that the selection looks at: all of an example, its prompt, or its answer"""
     head: Head = "train"
     """train the output head, freeze it, or untie it from the input embedding and train it alone"""
     precision: Precision = "auto"
@@ -128,6 +148,12 @@ class LLMArgs:
     """tokens of prompt and answer together; a longer prompt loses its beginning"""
     data_dir: str | None = None
     """folder with the task's files; None = the shipped ones (clutrr) or the hub"""
+    train_file: str | None = None
+    """data of your own instead of a task: a .jsonl or .json file (docs/own_data.md says what of)"""
+    eval_file: str | None = None
+    """the test set of --train_file, likewise; None = a tenth of it is held out"""
+    max_new_tokens: int | None = None
+    """most tokens of a generated answer to a row of --train_file or --eval_file; None = 128"""
     count_padding: bool = False
     """let padding tokens count in the selection, as the published code does"""
     partial: Partial = "refuse"
@@ -156,7 +182,7 @@ class LLMArgs:
                 value = getattr(self, name)
                 if value is not None and not is_accepted(value):
                     raise InputError(f"{name} must be {accepted}, got {value}")
-        for name in ("model", "task", "output_dir", "run_name"):
+        for name in ("model", "task", "output_dir", "run_name", "train_file", "eval_file"):
             if getattr(self, name) == "":
                 raise InputError(f"{name} must not be empty")
         if self.run_name is not None and (Path(self.run_name).name != self.run_name or self.run_name == ".."):
@@ -165,11 +191,36 @@ class LLMArgs:
             raise InputError("resume continues a run and overwrite deletes it; give one of them.")
         if self.select_best and not self.eval_epochs:
             raise InputError("select_best compares the epochs' validation accuracies, so it needs eval_epochs.")
+        if self.train_file is not None and (self.task or self.data_dir):
+            given = "task" if self.task else "data_dir"
+            raise InputError(f"train_file takes the place of a task and its data_dir, and {given} is given too; leave "
+                             "one of them out.")
+        if self.train_file is None and (self.eval_file or self.max_new_tokens):
+            given = "eval_file" if self.eval_file else "max_new_tokens"
+            raise InputError(f"{given} is about the data of train_file, and that is not given; a task has its own.")
         if self.tune_attn and self.mode in KEEPS_EVERYTHING:
             raise InputError(f"tune_attn adds the attention to what a selection trains; mode {self.mode!r} trains it "
                              "anyway, leave it out.")
         if self.eval_restored and self.mode in KEEPS_EVERYTHING:
             raise InputError(f"eval_restored puts removed neurons back, and mode {self.mode!r} removes none.")
+        self._check_selection()
+
+    def _check_selection(self) -> None:
+        for name, kind in (("preset", Preset), ("compensate", Compensation), ("select_on", Part)):
+            value = getattr(self, name)
+            if value is not None and value not in get_args(kind):
+                raise unknown_name(name, str(value), get_args(kind))
+        chosen = [name for name in ("score", "preset") if getattr(self, name) not in (None, "published")]
+        if chosen and self.mode not in STT_MODES:
+            raise InputError(f"{chosen[0]} says how the modes {' and '.join(STT_MODES)} select; mode {self.mode!r} has "
+                             "its own way, leave it out.")
+        if self.compensate not in (None, "none") and self.mode in KEEPS_EVERYTHING:
+            raise InputError(f"compensate makes up for removed neurons, and mode {self.mode!r} removes none.")
+        if self.select_on != "all" and self.count_padding:
+            raise InputError("count_padding counts every position and select_on only some; give one of them.")
+        if self.eval_restored and (self.compensate or PRESETS[self.preset]["compensate"]) != "none":
+            raise InputError("eval_restored puts removed neurons back, which the kept ones were compensated for; give "
+                             "--compensate none.")
 
 
 def resolved(args: LLMArgs) -> LLMArgs:
@@ -187,7 +238,10 @@ def resolved(args: LLMArgs) -> LLMArgs:
     text = args.ppl_text or str(SHIPPED_MODEL / "heldout.txt")
     if args.ppl_text and not Path(text).is_file():
         raise InputError(f"no text file {text!r} for the perplexity; give a path, or leave --ppl_text out.")
-    return replace(args, model=model, ppl_text=text, run_name=args.run_name or _run_name(args), **filled)
+    task = "clutrr" if args.task is None and args.train_file is None else args.task
+    preset = {name: value for name, value in PRESETS[args.preset].items() if getattr(args, name) is None}
+    args = replace(args, model=model, task=task, ppl_text=text, **filled)
+    return replace(args, run_name=args.run_name or _run_name(args), **(preset if args.mode in STT_MODES else {}))
 
 
 def resolve_model(name: str) -> str:
@@ -206,7 +260,11 @@ def resolve_model(name: str) -> str:
 
 def _run_name(args: LLMArgs) -> str:
     ratio = f"keep{args.keep_ratio:g}" if args.keep_ratio is not None else f"top{args.topk_ratio:g}"
-    parts = [Path(args.model).name, args.task, args.mode]
+    parts = [Path(args.model).name, args.task or Path(args.train_file).stem, args.mode]
     parts += [] if args.mode in KEEPS_EVERYTHING else [ratio]
+    parts += [] if args.preset == "published" else [args.preset]
+    parts += [] if args.score is None else [args.score.replace(":", ".")]
+    parts += [] if args.compensate is None else [args.compensate]
+    parts += [] if args.select_on == "all" else [args.select_on]
     parts += [] if args.head == "train" else [args.head]
     return "-".join([*parts, f"seed{args.seed}"])

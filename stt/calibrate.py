@@ -66,23 +66,28 @@ def calibrate(model: nn.Module, sites: Sites, scores: Sequence[Score], batches: 
     if {need for statistic in of_a for need in statistic.needs} - {"weights"}:
         _check_compact(model, sites)
         _pass(model, sites, (of_a, of_b), batches, tokenizer, count_padding, progress, select_on, shown)
-    weights = {site.name: site_weights(model, site) for site in sites.values()}
+    total = [_added(a, b) for a, b in zip(of_a, of_b, strict=True)]
+    groups = [total, of_a, of_b] if min(shown.halves) else [total]
+    results = _results(model, sites, [group[:len(scores)] for group in groups])
+    return Calibration(results[0], tuple(results[1:]) or None, (of_a[len(scores):], of_b[len(scores):]), shown.tokens,
+                       sum(shown.halves), f"{shown.digest:064x}")
 
-    def results(statistics: Sequence[Statistic]) -> Results:
-        return [{name: score.result(name, weight).cpu() for name, weight in weights.items()}
-                for score in statistics[:len(scores)]]
 
-    total = results([_added(a, b) for a, b in zip(of_a, of_b, strict=True)])
-    halves = (results(of_a), results(of_b)) if min(shown.halves) else None
-    return Calibration(total, halves, (of_a[len(scores):], of_b[len(scores):]), shown.tokens, sum(shown.halves),
-                       f"{shown.digest:064x}")
+def _results(model: nn.Module, sites: Sites, groups: Sequence[Sequence[Score]]) -> list[Results]:
+    """The results of several groups of scores, site by site: the weights of one site at a time are float64."""
+    found: list[Results] = [[{} for _ in group] for group in groups]
+    for site in sites.values():
+        weights = site_weights(model, site)
+        for into, group in zip(found, groups, strict=True):
+            for by_site, score in zip(into, group, strict=True):
+                by_site[site.name] = score.result(site.name, weights).cpu()
+    return found
 
 
 def site_weights(model: nn.Module, site: Site) -> Weights:
     """The rows of the gate projection and the columns of the down projection that belong to the units."""
-    gate = projection_weight(model.get_submodule(site.gate_module)).detach()
-    down = projection_weight(model.get_submodule(site.down_module)).detach()
-    return Weights(gate[site.gate.to(gate.device)].double(), down.double())
+    gate, down = model.get_submodule(site.gate_module), model.get_submodule(site.down_module)
+    return Weights(lambda: projection_weight(gate)[site.gate.to(gate.weight.device)], lambda: projection_weight(down))
 
 
 def _check_compact(model: nn.Module, sites: Sites) -> None:
@@ -101,7 +106,7 @@ def _pass(model: nn.Module, sites: Sites, halves: tuple[list[Statistic], list[St
           shown: _Shown) -> None:
     """Show every batch to the statistics of its half."""
     needs = {need for statistic in halves[0] for need in statistic.needs}
-    enough = _Enough(None if "gradients" in needs else list(sites)[-1])
+    last = _last_site(model, sites, needs)
     with _prepared(model, with_gradients="gradients" in needs):
         hidden = None if progress else True  # None: shown on a terminal
         for batch in tqdm(batched(batches), desc="measuring neurons", unit="batch", disable=hidden):
@@ -112,9 +117,8 @@ def _pass(model: nn.Module, sites: Sites, halves: tuple[list[Statistic], list[St
             masks = {} if count_padding else token_masks(model, inputs, select_on)
             real = {} if count_padding else token_masks(model, inputs)
             observers = [_Observer(site, halves, needs, _mask_of(site, model, masks), _mask_of(site, model, real),
-                                   in_b.to(model.device), enough) for site in sites.values()]
+                                   in_b.to(model.device), site.name == last) for site in sites.values()]
             _show(model, sites, observers, inputs, "gradients" in needs)
-            enough.after_first_pass()
     if not sum(shown.halves):
         raise InputError("the calibration data is empty: give at least one batch")
     _complete(halves)
@@ -145,22 +149,12 @@ class _Done(Exception):
     """Ends a forward pass: the last site has shown all it has."""
 
 
-@dataclass
-class _Enough:
-    """When the last site has been called as often as in the first pass (a shared layer is called many times), the rest
-    of the model is not needed. `last` None: it is (for gradients)."""
-
-    last: str | None
-    calls: int = 0
-    expected: int | None = None
-
-    def called(self, site: str) -> None:
-        self.calls += site == self.last
-        if site == self.last and self.calls == self.expected:
-            raise _Done
-
-    def after_first_pass(self) -> None:
-        self.expected, self.calls = self.expected or self.calls, 0
+def _last_site(model: nn.Module, sites: Sites, needs: set[str]) -> str | None:
+    """The site behind which nothing needs to be computed; None if that cannot be said: gradients need the loss, and a
+    block that is called often (a shared layer, or the positions in chunks) may not be done after its first call."""
+    is_called_once = all(site.calls == 1 for site in sites.values())
+    is_chunked = getattr(model.config, "chunk_size_feed_forward", 0)
+    return list(sites)[-1] if is_called_once and not is_chunked and "gradients" not in needs else None
 
 
 @dataclass
@@ -173,7 +167,7 @@ class _Observer:
     is_token: Tensor | None
     is_real: Tensor | None
     in_b: Tensor  # (B,) which examples belong to the second half
-    enough: _Enough
+    is_last: bool
     partly: dict[str, Tensor] = field(default_factory=dict)
 
     def gate(self, module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -190,7 +184,8 @@ class _Observer:
         self.partly.clear()
         if "gradients" not in self.needs:
             self._update(seen)
-            self.enough.called(self.site.name)
+            if self.is_last:
+                raise _Done
             return None
         if not x.requires_grad:
             x = x.detach().requires_grad_()

@@ -102,12 +102,12 @@ def _labels(rows: Sequence[Row]) -> list[str]:
     return labels
 
 
-def _bars(rows: Sequence[Row], head: str) -> tuple[list[plots.Bar], float]:
-    """A bar for every row that has runs with this head policy, and the majority class's accuracy."""
+def _bars(rows: Sequence[Row], head: str) -> tuple[list[plots.Bar], float | None]:
+    """A bar for every row that has runs with this head policy, and the majority class's accuracy (None: free text)."""
     bars = [plots.Bar(label, str(row.configuration["mode"]), tuple(row.numbers(head, "accuracy", "test")),
                       tuple(value / 1e6 for value in row.numbers(head, "parameters", "trained")))
             for row, label in zip(rows, _labels(rows), strict=True) if row.of(head)]
-    return bars, next(value for row in rows for value in row.numbers(head, "accuracy", "majority"))
+    return bars, next((value for row in rows for value in row.numbers(head, "accuracy", "majority")), None)
 
 
 def _comparison_table(title: str, rows: Sequence[Row]) -> str:

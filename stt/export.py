@@ -66,6 +66,7 @@ def export_hf(directory: str | Path, out: str | Path, multiple_of: int = 1,
     dtype = widest_dtype(read_weights(directory).values())
     compute = torch.promote_types(dtype, torch.float32)
     sliced = load(directory, dtype=compute, example=example)
+    _check_biases(sliced)
     inputs = dummy_inputs(sliced) if example is None else example
     expected = _first_output(sliced, inputs)
     config, widths = _narrow_config(sliced, multiple_of)
@@ -113,6 +114,15 @@ def export_dense(directory: str | Path, out: str | Path, base: str | Path | None
         _copy_tokenizer(directory, part)
     logger.info("put the trained units of %s back into %s, written to %s", directory, base, out)
     return out
+
+
+def _check_biases(sliced: PreTrainedModel) -> None:
+    """Raises InputError if compensation made a bias that the plain model has no place for."""
+    plain = empty_model(type(sliced), _without_entry(sliced.config), None, "meta").state_dict()
+    extra = sorted(sliced.state_dict().keys() - plain.keys())
+    if extra:
+        raise InputError(f"the compensated model has {len(extra)} biases that a plain {type(sliced).__name__} lacks "
+                         f"(first: {extra[0]}): load it with stt.load, or select with compensate=\"none\" to export")
 
 
 def _dense_model(sliced: PreTrainedModel, base: str | Path) -> PreTrainedModel:

@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from stt import scores
 from stt.batches import Batch
 from stt.errors import InputError, unknown_name
 from stt.selecting import Budget, composition, kept, measure
@@ -47,11 +48,14 @@ class Lora:
     dropout: float = 0.1
 
 
-def find(name: str) -> Mode:
-    """The mode called `name`. Raises InputError for an unknown one."""
+def find(name: str, score: str | None = None) -> Mode:
+    """The mode called `name`, choosing by `score` instead of its own if given. Raises InputError for an unknown one."""
     if name not in MODES:
         raise unknown_name("mode", name, MODES)
-    return MODES[name]
+    if score in (None, "stt"):
+        return MODES[name]
+    scores.make(score)  # raises for an unknown one
+    return replace(MODES[name], score=score)
 
 
 def check_sites(model: nn.Module, partial: str) -> None:

@@ -108,8 +108,8 @@ def composition(sites: Sequence[Mapping[str, object]], path: str | Path) -> None
         axes.set_ylim(0, 1)
 
 
-def comparison(tables: Mapping[str, tuple[Sequence[Bar], float]], path: str | Path) -> None:
-    """`tables`: title -> (rows, majority). One dot per seed, a bar to the mean; trained parameters beside it."""
+def comparison(tables: Mapping[str, tuple[Sequence[Bar], float | None]], path: str | Path) -> None:
+    """`tables`: title -> (rows, majority if any). One dot per seed, a bar to the mean; trained parameters beside it."""
     heights = [0.4 * len(rows) + 1.3 for rows, _ in tables.values()]
     with figure(path, sum(heights), nrows=len(tables), ncols=2, squeeze=False, sharey="row",
                 width_ratios=(3, 1), height_ratios=heights) as (_, axes):
@@ -175,10 +175,11 @@ def _site_axis(axes: Axes, sites: Sequence[Mapping[str, object]]) -> list[int]:
     return places
 
 
-def _accuracies(axes: Axes, rows: Sequence[Bar], majority: float) -> None:
-    axes.axvline(majority, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-    axes.annotate("majority class", (majority, 1.0), xycoords=("data", "axes fraction"), xytext=(4, 1),
-                  textcoords="offset points", va="bottom", color=MUTED, fontsize=8)
+def _accuracies(axes: Axes, rows: Sequence[Bar], majority: float | None) -> None:
+    if majority is not None:
+        axes.axvline(majority, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        axes.annotate("majority class", (majority, 1.0), xycoords=("data", "axes fraction"), xytext=(4, 1),
+                      textcoords="offset points", va="bottom", color=MUTED, fontsize=8)
     for place, row in enumerate(rows):
         mean, colour = sum(row.accuracy) / len(row.accuracy), MODE_COLOURS.get(row.mode, INK)
         axes.barh(place, mean, height=0.56, color=colour, alpha=0.22)
@@ -189,7 +190,7 @@ def _accuracies(axes: Axes, rows: Sequence[Bar], majority: float) -> None:
                       va="center", color=colour, fontweight="bold")
     axes.set_yticks(range(len(rows)), [row.label for row in rows], color=INK)
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlim(0, min(1.12, max(max(row.accuracy) for row in rows) * 1.18))
+    axes.set_xlim(0, min(1.12, max(max(row.accuracy) for row in rows) * 1.18) or 1)
     axes.set_xlabel("accuracy")
     axes.grid(axis="y", visible=False)
     _percent(axes.xaxis)

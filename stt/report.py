@@ -51,12 +51,20 @@ def summary_lines(results: Mapping[str, object]) -> list[str]:
     return [f"{name:<{width}}  {value}" for name, value in rows]
 
 
+def _score_name(results: Mapping[str, object]) -> str:
+    """What the share of right answers is called: free text is right only if all of it is."""
+    return f"{split_name(results)} {'exact match' if results['accuracy']['majority'] is None else 'accuracy'}"
+
+
 def _summary(results: Mapping[str, object]) -> list[tuple[str, str]]:
     accuracy, parameters = results["accuracy"], results["parameters"]
     low, high = wilson(accuracy["correct"], accuracy["n"])
-    rows = [(f"{split_name(results)} accuracy",
+    rows = [(_score_name(results),
              f"{percent(accuracy['test'])} ({accuracy['correct']} of {accuracy['n']}; 95 % interval {percent(low)} to "
              f"{percent(high)}; majority class {percent(accuracy['majority'])})")]
+    if results.get("answer_loss") is not None:
+        rows.append(("answer loss", f"{decimal(results['answer_loss'])} nats per answer token of the "
+                     f"{split_name(results)} data"))
     if accuracy.get("restored") is not None:
         rows.append(("restored", f"{percent(accuracy['restored'])} with the removed neurons put back"))
     rows += [("parameters", f"{amount(parameters['dense'])} dense, {amount(parameters['kept'])} kept, "
@@ -64,7 +72,8 @@ def _summary(results: Mapping[str, object]) -> list[tuple[str, str]]:
               f"head; head {HEADS.get(results['head'], results['head'])})")]
     if results["sites"]:
         rows.append(("neurons", f"{percent(parameters['kept_fraction_of_units'])} kept in {len(results['sites'])} "
-                     "sites"))
+                     f"sites, chosen by {results['selected_by']}"))
+        rows += _agreement(results["sites"])
     rows.append(("perplexity", arrows(results["perplexity"], ("dense", "sliced", "trained"), decimal)))
     rows.append(("FLOPs", listed(results["flops"], ("selection", "training", "inference"), amount)))
     ratio = (results.get("throughput") or {}).get("ratio")
@@ -74,6 +83,24 @@ def _summary(results: Mapping[str, object]) -> list[tuple[str, str]]:
     rows.append(("time", listed(results["seconds"], ("selection", "training", "evaluation", "total"), duration)))
     rows.append(("peak memory", mebibytes(results.get("peak_memory_bytes"))))
     return rows
+
+
+def _agreement(sites: Sequence[Mapping[str, object]]) -> list[tuple[str, str]]:
+    """How far two halves of the data would have kept the same neurons."""
+    known = [site for site in sites if site["jaccard"] is not None]
+    if not known:
+        return []
+    least = min(known, key=lambda site: site["jaccard"])
+    mean = sum(site["jaccard"] for site in known) / len(known)
+    return [("agreement", f"Jaccard {decimal(mean)} between the choices of two halves of the data (least: "
+             f"{decimal(least['jaccard'])}, {least['name']})")]
+
+
+def agreement_lines(sites: Sequence[Mapping[str, object]]) -> list[str]:
+    """How far each site's choice can be trusted, one line a site."""
+    width = max(len(site["name"]) for site in sites)
+    return [f"{site['name']:<{width}}  {site['kept']:>6,} of {site['width']:,} kept, Jaccard of two halves "
+            f"{decimal(site['jaccard'])}, margin at the cut {decimal(site['margin'])} sd" for site in sites]
 
 
 def _sections(results: Mapping[str, object], figures: Mapping[str, str]) -> list[Section]:
@@ -97,8 +124,9 @@ def _sections(results: Mapping[str, object], figures: Mapping[str, str]) -> list
 
 def _site_rows(sites: Sequence[Mapping[str, object]]) -> list[list[str]]:
     keys = ["width", "kept", *(key for key, _, _ in plots.COMPOSITION if key in sites[0])]
-    rows = [[str(site["name"]), *(f"{site[key]:,}" for key in keys)] for site in sites]
-    return [["site", *(key.replace("_", " ") for key in keys)], *rows]
+    rows = [[str(site["name"]), *(f"{site[key]:,}" for key in keys), decimal(site["jaccard"]),
+             decimal(site["margin"])] for site in sites]
+    return [["site", *(key.replace("_", " ") for key in keys), "Jaccard of halves", "margin at the cut (sd)"], *rows]
 
 
 def _speed(throughput: Mapping[str, object]) -> Section:
@@ -157,7 +185,7 @@ th {{ color: #64748b; font-weight: 500; }} tr:last-child td {{ border-bottom: 0;
 
 def _html(title: str, sections: Sequence[Section], folder: Path, results: Mapping[str, object]) -> str:
     accuracy, parameters = results["accuracy"], results["parameters"]
-    cards = ((f"{split_name(results)} accuracy", percent(accuracy["test"])),
+    cards = ((_score_name(results), percent(accuracy["test"])),
              ("trained parameters", amount(parameters["trained"])),
              ("neurons kept", percent(parameters["kept_fraction_of_units"] if results["sites"] else 1.0)),
              ("training", duration(results["seconds"]["training"])))

@@ -40,6 +40,7 @@ class Site:
     members: tuple[Member, ...]
     width: int
     gate: Tensor  # (F,)
+    calls: int = 1  # in one forward pass; more for a block that several layers share
 
     @property
     def gate_module(self) -> str:
@@ -166,7 +167,8 @@ def _candidates(model: nn.Module, sources: list[Source]) -> tuple[list[Site], li
         elif others:
             refused[name] = LeftOut(name, f"reads the parameter {others[0]} between the projections", is_loss=True)
         else:
-            sites[name] = _site(name, [s.parameter.removesuffix(".weight") for s in linear], *decoded)
+            site = _site(name, [s.parameter.removesuffix(".weight") for s in linear], *decoded)
+            sites[name] = replace(site, calls=sites[name].calls + 1 if name in sites else 1)
             explained |= {position, *bit_positions(down.reads)}
     used_elsewhere = {source.parameter.removesuffix(".weight") for position, source in enumerate(sources)
                       if source.is_linear and position not in explained}

@@ -1,17 +1,21 @@
 """Plan -> apply -> report: a selection turns a dense model into a narrow one, in place."""
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from stt.errors import InputError
+from stt.mlps.fused import fuse_block
 from stt.mlps.stt_linear import SiteLayout, STTLinear
-from stt.selection import FORMAT_VERSION, Ids, Selection
+from stt.selection import FORMAT_VERSION, SELECTION, Ids, Selection
 from stt.sites import Member, Site, Sites, find_sites, projection_weight
-from stt.surgery import replace_module
+from stt.surgery import narrow_state, replace_module
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +49,14 @@ class STTTransformer:
             for member, layer in zip(site.members, layers, strict=True):
                 replace_module(self.model, member.module, layer)
             SiteLayout(layers)
-        self.model.stt_selection = self.selection
+            fuse_block(self.model, site)
+        self.model.stt_selection = self.selection.without_new_values()
+        self.model.save_pretrained = functools.partial(_save_pretrained, self.model)
         sizes = {name: [len(ids), self.sites[name].width] for name, ids in self.selection.items()}
-        self.model.config.stt = {"format_version": FORMAT_VERSION, "sites": sizes}
+        base = self.model.config.name_or_path or None
+        self.model.config.stt = {"format_version": FORMAT_VERSION, "base": base, "sites": sizes}
+        if self.selection.new_values:
+            self.model.config.stt["compensate"] = self.selection.meta["compensate"]
         if self.verbose:
             stats = self.get_parameter_stats()
             logger.info("sliced %d sites: %.1f %% of their neurons kept, %.1f %% of the model's parameters removed",
@@ -81,8 +90,31 @@ class STTTransformer:
                                            inference_time=self.inference_time)
             if member.channels.shape[1] > 1:  # fused gate and up
                 layer.blocks, layer.interleaved = _fused_order(member)
+            for part in ("weight", "bias"):
+                _fill(layer, part, self.selection.new_values.get(f"{member.module}.{part}"))
             layers.append(layer.train(module.training))
         return layers
+
+
+def _fill(layer: STTLinear, part: str, value: torch.Tensor | None) -> None:
+    """Put a value of a patch into the layer, in its dtype; a bias it has not yet is made."""
+    if value is not None:
+        shape = layer.weight.shape if part == "weight" else layer.weight.shape[:1]
+        if value.shape != shape:
+            raise InputError(f"the selection holds a {part} of {tuple(value.shape)} where the sliced layer has "
+                             f"{tuple(shape)}: select again on this model")
+        value = value.to(layer.weight.device, layer.weight.dtype)
+        setattr(layer, part, nn.Parameter(value.clone(), layer.weight.requires_grad))
+
+
+def _save_pretrained(model: PreTrainedModel, save_directory: str | Path, *args: object, **kwargs: object) -> object:
+    """The class's save_pretrained without padding, and the selection beside it: `stt.load` reads what any Trainer
+    saves."""
+    kwargs["state_dict"] = kwargs.get("state_dict") or narrow_state(model)
+    result = type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    if kwargs.get("is_main_process", True):
+        model.stt_selection.save(Path(save_directory) / SELECTION)
+    return result
 
 
 def apply(model: nn.Module, selection: Mapping[str, Ids]) -> nn.Module:
@@ -133,4 +165,5 @@ def selection_for(sites: Sites, given: Mapping[str, Ids], layer_name_map: Mappin
         units[site] = ids
     ordered = {name: units[name] for name in sites if name in units}
     widths = {name: site.width for name, site in sites.items()}
-    return Selection(ordered, {**meta, "widths": widths, "fingerprint": sites.fingerprint})
+    values = given.new_values if isinstance(given, Selection) else {}
+    return Selection(ordered, {**meta, "widths": widths, "fingerprint": sites.fingerprint}, values)

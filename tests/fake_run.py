@@ -13,7 +13,8 @@ def results(mode: str = "stt", seed: int = 0, correct: int = 210, head: str = "t
     """A made-up results.json: 300 test examples, 1,000,000 dense parameters."""
     selects = mode not in ("baseline", "lora")
     kept = [60 + 5 * layer for layer in range(sites)]
-    found = [{"name": f"model.layers.{layer}.mlp", "width": WIDTH, "kept": units}
+    found = [{"name": f"model.layers.{layer}.mlp", "width": WIDTH, "kept": units, "jaccard": 0.8 - layer / 100,
+              "margin": 0.01}
              | ({"mean_only": units - 40, "both": 25, "rate_only": 15} if mode.startswith("stt") else {})
              for layer, units in enumerate(kept)] if selects else []
     speed = {"prefill_seconds": 0.5, "decode_tokens_per_second": 100.0, "latency_seconds_per_token": 0.01}
@@ -21,7 +22,7 @@ def results(mode: str = "stt", seed: int = 0, correct: int = 210, head: str = "t
     ratio = {"prefill_seconds": 0.5, "decode_tokens_per_second": 1.5, "latency_seconds_per_token": 0.66}
     return {
         "format_version": 1, "recipe": "train_llm", "mode": mode, "model": "/made/up/stt-tiny", "task": "clutrr",
-        "seed": seed, "head": head,
+        "seed": seed, "head": head, "selected_by": mode if selects else None,
         "accuracy": {"test": correct / 300, "n": 300, "correct": correct, "majority": 0.07},
         "perplexity": {"dense": 12.0, **({"sliced": 15.5} if selects else {}), "trained": 13.25 + seed / 100},
         "parameters": {"dense": 1_000_000, "kept": 700_000 if selects else 1_000_000,

@@ -232,13 +232,27 @@ def test_resolved_fills_in_what_the_model_needs(shipped, caplog):
 
 
 def test_resolved_keeps_what_was_given(shipped):
-    given = LLMArgs(lr=0.5, num_epoch=1, train_batch=2, schedule=False, run_name="mine")
+    given = LLMArgs(task="clutrr", lr=0.5, num_epoch=1, train_batch=2, schedule=False, run_name="mine", score="wanda",
+                    compensate="mean")
     assert resolved(given) == dataclasses.replace(given, model=str(shipped), ppl_text=str(shipped / "heldout.txt"))
 
 
+def test_presets_fill_in_what_is_left_open(shipped):
+    def chosen(**given):
+        args = resolved(LLMArgs(**given))
+        return args.score, args.compensate
+
+    assert chosen() == ("stt", "none")
+    assert chosen(preset="best") == tuple(arguments.PRESETS["best"].values())
+    assert chosen(preset="best", compensate="mean") == (arguments.PRESETS["best"]["score"], "mean")
+    assert chosen(mode="stt_lora", score="wanda") == ("wanda", "none")
+    assert chosen(mode="random") == (None, None)
+
+
 def test_run_names_differ(shipped):
-    variants = [{}, {"mode": "lora"}, {"topk_ratio": 0.1}, {"keep_ratio": 0.1}, {"head": "freeze"}, {"seed": 1},
-                {"task": "boolq"}, {"model": "Qwen/Qwen2.5-3B"}]
+    variants = [{}, {"preset": "best"}, {"score": "taylor"}, {"score": "mine:Taylor"}, {"compensate": "mean"},
+                {"select_on": "answer"}, {"mode": "lora"}, {"topk_ratio": 0.1}, {"keep_ratio": 0.1},
+                {"head": "freeze"}, {"seed": 1}, {"task": "boolq"}, {"model": "Qwen/Qwen2.5-3B"}]
     assert len({resolved(LLMArgs(**variant)).run_name for variant in variants}) == len(variants)
 
 

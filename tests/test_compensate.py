@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 import stt
 from stt.compensate import RIDGES, Moments, fold
 from stt.errors import InputError
-from stt.export import export_dense
+from stt.export import export_dense, export_hf
 from stt.scores.base import Seen
 from stt.selection import Selection
 from stt.sites import find_sites
@@ -240,6 +241,22 @@ def test_removed_units_cannot_be_put_back_beside_compensated_ones(tmp_path: Path
     stt.save(model, tmp_path / "sliced")
     with pytest.raises(InputError, match="cannot be put back"):
         export_dense(tmp_path / "sliced", tmp_path / "out", tmp_path / "dense")
+
+
+def test_export_keeps_a_bias_where_there_is_a_place_for_it(tmp_path: Path) -> None:
+    for name in ("gpt2", "llama"):
+        model, batch = tiny.build(name)
+        stt.apply(model, stt.select(model, batches_for(model, batch), keep=0.4, compensate="lstsq"))
+        stt.save(model, tmp_path / name)
+        if name == "llama":
+            with pytest.raises(InputError, match="2 biases that a plain LlamaForCausalLM lacks"):
+                export_hf(tmp_path / name, tmp_path / "plain")
+            continue
+        export_hf(tmp_path / name, tmp_path / "plain")
+        plain = type(model).from_pretrained(tmp_path / "plain")
+        for actual, value in zip(tiny.outputs(plain, batch), tiny.outputs(model, batch), strict=True):
+            torch.testing.assert_close(actual, value, rtol=1e-5, atol=1e-5)
+        shutil.rmtree(tmp_path / "plain")
 
 
 # ---------------------------------------------------------------- what is refused

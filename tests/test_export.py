@@ -198,7 +198,7 @@ def test_tokenizer_and_generation_config_come_along(command: Callable[[Path, Pat
     tiny.build("llama")[0].save_pretrained(tmp_path / "dense")
     model, _ = sliced_tiny("llama")
     model.generation_config.max_new_tokens = 7
-    model.config.name_or_path = str(tmp_path / "dense")
+    model.config.stt["base"] = str(tmp_path / "dense")
     tokenizer = build_tokenizer(chat=True)
     stt.save(model, tmp_path / "sliced", tokenizer)
     command(tmp_path / "sliced", tmp_path / "out")

@@ -29,6 +29,21 @@ def test_unknown_mode():
         modes.find("basline")
 
 
+def test_a_mode_by_another_score():
+    """As many neurons as STT keeps in every site, and only the chosen ones compensated."""
+    mode = modes.find("stt", "contribution")
+    assert (mode.score, mode.trains) == ("contribution", "kept")
+    assert modes.find("stt", "stt") == modes.find("stt")
+    with pytest.raises(InputError, match="Did you mean 'contribution'"):
+        modes.find("stt", "contributions")
+    size = Budget(0.3)
+    by_stt, composition = modes.select_units(modes.find("stt"), build_decoder(60), BATCHES, None, size, 0.01, seed=0)
+    other, nothing = modes.select_units(mode, build_decoder(60), BATCHES, None, size, 0.01, seed=0, compensate="mean")
+    assert {site: len(ids) for site, ids in other.items()} == {site: len(ids) for site, ids in by_stt.items()}
+    assert other != by_stt
+    assert (bool(other.new_values), bool(by_stt.new_values), bool(composition), nothing) == (True, False, True, {})
+
+
 @pytest.mark.parametrize("name", modes.MODES)
 def test_what_trains(name):
     """By module kind, from the names alone."""

@@ -9,7 +9,7 @@ import pytest
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
-PAGES = ["README.md", "docs/tutorials.md"]
+PAGES = ["README.md", "docs/tutorials.md", "docs/scores.md"]
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -24,7 +24,8 @@ def test_snippets_run(page, number, tmp_path, monkeypatch):
     for name in ("models", "datasets"):
         (tmp_path / name).symlink_to(CHECKOUT / name)
     monkeypatch.chdir(tmp_path)
-    exec(compile(blocks(page, "python")[number], f"{page} block {number}", "exec"), {"__name__": "snippet"})
+    code = compile(blocks(page, "python")[number], f"{page} block {number}", "exec", dont_inherit=True)
+    exec(code, {"__name__": "snippet"})
 
 
 def test_quick_start_is_short():

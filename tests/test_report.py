@@ -141,7 +141,7 @@ def test_report_files(tmp_path):
     for figure in re.findall(r"!\[.*\]\((.*)\)", markdown):
         assert (folder / figure).is_file()
     rows = rows_of(markdown)
-    assert rows["model.layers.2.mlp"] == ["200", "70", "30", "25", "15"]
+    assert rows["model.layers.2.mlp"] == ["200", "70", "30", "25", "15", "0.78", "0.01"]
     assert rows["decode tokens per second"] == ["100", "150", "1.5"]
     assert rows["versions"] == ["python 3.11.7, torch 2.13.0"]
     page = Reader()

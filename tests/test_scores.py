@@ -282,7 +282,7 @@ def result(name: str, weight: Tensor | None = None, **options: object) -> Tensor
 
 
 def of_gate(weight: Tensor) -> Weights:
-    return Weights(weight.double(), torch.zeros(1, len(weight)).double())
+    return Weights(lambda: weight, lambda: torch.zeros(1, len(weight)))
 
 
 def test_options() -> None:

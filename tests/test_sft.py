@@ -9,7 +9,8 @@ from tiny_text import build_decoder
 from transformers import TrainingArguments
 
 from stt.errors import InputError, TrainingFailed
-from stt.trainers.sft import answer_loss, check_trained_dtype, collate, last_checkpoint, train
+from stt.loss import chunked_loss
+from stt.trainers.sft import check_trained_dtype, collate, last_checkpoint, train
 
 PAD = 0
 
@@ -49,11 +50,9 @@ def slow_loss(model, rows) -> float:
 
 
 def test_loss_is_the_mean_over_labelled_tokens():
-    model, rows = tiny_model().eval(), examples(7)
-    batch = collate(PAD)(rows)
-    labels = batch.pop("labels")
-    loss = answer_loss(model(**batch), labels)
-    assert loss.item() == pytest.approx(slow_loss(model, rows), abs=1e-5)
+    model, rows = tiny_model(), examples(7)
+    loss = chunked_loss(model.train())(**collate(PAD)(rows)).loss
+    assert loss.item() == pytest.approx(slow_loss(model.eval(), rows), abs=1e-5)
 
 
 def test_collate_pads_on_the_right():
@@ -123,3 +122,15 @@ def test_half_precision_weights_never_train():
 def test_nothing_to_resume(tmp_path):
     with pytest.raises(InputError, match="nothing to resume"):
         last_checkpoint(tmp_path / "missing")
+
+
+def test_the_forward_is_the_models_own_again(tmp_path):
+    """After training, under autocast too, and after training that failed."""
+    model = tiny_model()
+    for changes in ({}, {"bf16": True}):
+        train(model, examples(4), PAD, arguments(tmp_path, **changes), lambda **_: None)
+        assert "forward" not in vars(model)
+    with pytest.raises(InputError, match="nothing to resume"):
+        train(model, examples(4), PAD, arguments(tmp_path), lambda **_: None, resume=True)
+    assert "forward" not in vars(model)
+    assert model.train()(**collate(PAD)(examples(4))).logits is not None

@@ -52,13 +52,16 @@ def plain(small, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("flags", [["--apply_chat_template"], ["--head", "untie"], ["--head", "freeze"],
                                    ["--max_grad_norm", "0"], ["--no_schedule"], ["--wd", "0.9"], ["--tune_attn"],
-                                   ["--keep_ratio", "0.9"], ["--active_threshold", "5"], ["--seed", "1"]], ids=" ".join)
+                                   ["--keep_ratio", "0.9"], ["--active_threshold", "5"], ["--seed", "1"],
+                                   ["--preset", "best"], ["--score", "outside_score:MeanSize"],
+                                   ["--compensate", "mean"], ["--select_on", "answer"]], ids=" ".join)
 def test_every_flag_changes_the_training(flags, small, plain, tmp_path):
     assert run(small, tmp_path, "--num_epoch", "1", *flags) == 0
     assert losses(tmp_path) != losses(plain)
     assert len(losses(tmp_path)) == len(losses(plain)) == 6
-    assert load(tmp_path / "run" / "checkpoint").stt_selection == Selection.load(
-        tmp_path / "run" / "selection.safetensors")
+    selection = Selection.load(tmp_path / "run" / "selection.safetensors")
+    assert load(tmp_path / "run" / "checkpoint").stt_selection == selection.without_new_values()
+    assert bool(selection.new_values) == ("best" in flags or "mean" in flags)
 
 
 def test_steps_follow_from_sizes(small, tmp_path):
@@ -72,18 +75,33 @@ def test_steps_follow_from_sizes(small, tmp_path):
 
 
 def test_flops_add_up_over_the_examples(small, plain):
-    """Every example at its own length, counted one by one."""
-    from stt.dataset import encode_all, load_task
+    """Every example on its own, as it is trained, answered and measured."""
+    import stt
+    from stt.dataset import encode_all, load_task, prompt_ids, selection_subset
     from stt.loading import load_tokenizer
-    from util.torch_flops import forward_flops
+    from util.torch_flops import flops_of, forward_flops, training_flops
 
-    found = results(plain)
-    model = load(plain / "run" / "checkpoint")
-    rows, _ = encode_all(load_task("clutrr", small[1]).train, load_tokenizer(found["model"]), 256)
-    forward = sum(forward_flops(model, {"input_ids": torch.ones(1, len(row["input_ids"]), dtype=torch.long)})
-                  for row in rows)
-    assert forward < found["flops"]["training"] < 3 * forward  # frozen attention needs no weight gradients
-    assert found["flops"]["inference"] < forward / len(rows)  # a prompt is shorter than prompt and answer
+    found, task = results(plain), load_task("clutrr", small[1])
+    model, tokenizer = load(plain / "run" / "checkpoint"), load_tokenizer(found["model"])
+    stt.train_only(model)
+    stt.chunked_loss(model.train())
+
+    def row(example: dict[str, list[int]]) -> dict[str, torch.Tensor]:
+        return {name: torch.tensor([values]) for name, values in example.items()}
+
+    trained = encode_all(task.train, tokenizer, 256)[0]
+    assert found["flops"]["training"] == sum(training_flops(model, row(example)) for example in trained)
+    prompts = [prompt_ids(example, tokenizer, 256, False) for example in task.test]
+    read = [forward_flops(model.eval(), {"input_ids": torch.tensor([ids])}) for ids in prompts]
+    assert found["flops"]["inference"] == round(sum(read) / len(read))
+
+    dense = AutoModelForCausalLM.from_pretrained(SHIPPED)
+    last = dense.model.layers[-1].mlp.down_proj
+    shown = encode_all(selection_subset(task.train, 0.5, 42), tokenizer, 256)[0]
+    with torch.no_grad():
+        read = sum(flops_of(lambda example=example: dense.model(input_ids=torch.tensor([example["input_ids"]])))
+                   - 2 * last.weight.numel() * len(example["input_ids"]) for example in shown)
+    assert found["flops"]["selection"] == read  # the pass ends in front of the last down projection
 
 
 @pytest.fixture(scope="session")
@@ -240,14 +258,13 @@ def test_select_best_ships_the_best_epoch(small, tmp_path, monkeypatch):
 
 
 def test_nan_exits_with_3_and_keeps_the_last_good_checkpoint(small, tmp_path, monkeypatch, capsys):
-    from stt.trainers import sft
+    from stt.trainers.sft import SFTTrainer
 
-    calls, real = [], sft.answer_loss
-    def loss(outputs, labels, num_items_in_batch=None):
-        calls.append(0)
-        return real(outputs, labels, num_items_in_batch) * (float("nan") if len(calls) > 8 else 1.0)
+    real = SFTTrainer.compute_loss
+    def loss(self, *args, **kwargs):
+        return real(self, *args, **kwargs) * (float("nan") if self.state.global_step >= 8 else 1.0)
 
-    monkeypatch.setattr("stt.trainers.sft.answer_loss", loss)
+    monkeypatch.setattr(SFTTrainer, "compute_loss", loss)
     assert run(small, tmp_path, "--mode", "stt") == 3
     assert "step 9" in capsys.readouterr().err
     assert load(tmp_path / "run" / "checkpoint-6").stt_selection  # the last good one, usable as it is

@@ -26,6 +26,14 @@ BAD = {
     "no text": (["--ppl_text", "/no/such/text"], "no text file"),
     "nothing to resume": (["--resume"], "nothing to resume"),
     "tune_attn without a selection": (["--mode", "lora", "--tune_attn"], "tune_attn"),
+    "unknown score": (["--score", "contributions"], "Did you mean 'contribution'"),
+    "a score from nowhere": (["--score", "nowhere:Score"], "cannot load the score 'nowhere:Score'"),
+    "a score for magnitude": (["--score", "wanda", "--mode", "magnitude_pruning"], "has its own way"),
+    "best magnitude": (["--preset", "best", "--mode", "magnitude_pruning"], "has its own way"),
+    "unknown compensation": (["--compensate", "lsq"], "compensate"),
+    "nothing to compensate": (["--compensate", "mean", "--mode", "baseline"], "removes none"),
+    "restored and compensated": (["--preset", "best", "--eval_restored"], "--compensate none"),
+    "padding of the answer": (["--select_on", "answer", "--count_padding"], "give one of them"),
     "too short": (["--max_length", "3"], "max_length"),
 }
 

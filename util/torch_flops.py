@@ -38,7 +38,7 @@ FORMULAS |= {getattr(aten, f"_scaled_dot_product_{kernel}_backward"): _attention
 def forward_flops(model: nn.Module, batch: Batch) -> int:
     """FLOPs of `model(**batch)` without gradients."""
     with torch.no_grad():
-        return _count(lambda: model(**batch))
+        return flops_of(lambda: model(**batch))
 
 
 def training_flops(model: nn.Module, batch: Batch, loss: Callable[[nn.Module, Batch], Tensor] | None = None) -> int:
@@ -51,7 +51,7 @@ def training_flops(model: nn.Module, batch: Batch, loss: Callable[[nn.Module, Ba
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     objective = loss or (lambda model, batch: model(**batch).loss)
     with torch.enable_grad():
-        return _count(lambda: torch.autograd.grad(objective(model, batch), trainable, allow_unused=True))
+        return flops_of(lambda: torch.autograd.grad(objective(model, batch), trainable, allow_unused=True))
 
 
 def by_length(count: Callable[[int], int]) -> Callable[[int], int]:
@@ -68,7 +68,8 @@ def by_length(count: Callable[[int], int]) -> Callable[[int], int]:
     return at
 
 
-def _count(work: Callable[[], object]) -> int:
+def flops_of(work: Callable[[], object]) -> int:
+    """FLOPs of whatever `work` computes; the random state stays as it is."""
     counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
     with torch.random.fork_rng(range(torch.cuda.device_count())), counter:
         work()

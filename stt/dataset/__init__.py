@@ -10,6 +10,7 @@ from pathlib import Path
 
 from META import DATA_SETS
 from stt.dataset.base import (
+    Encoded,
     Example,
     Splits,
     Task,
@@ -23,12 +24,14 @@ from stt.dataset.base import (
     read_hub,
     selection_subset,
 )
+from stt.dataset.own import read_own, tokenised
 from stt.errors import InputError, unknown_name
 
-__all__ = ["Example", "Task", "dev_split", "encode", "encode_all", "limit", "load_task", "prompt_ids",
-           "selection_subset", "task_names"]
+__all__ = ["Encoded", "Example", "Task", "dev_split", "encode", "encode_all", "limit", "load_task", "prompt_ids",
+           "read_own", "selection_subset", "task_names", "tokenised"]
 
-SHARED = ("base", "multiple_choice", "kinship")  # files of this folder that are no task: their names start so
+# files of this folder that are no task: their names start so
+SHARED = ("base", "chat", "kinship", "multiple_choice", "own")
 
 
 def task_names() -> list[str]:

@@ -5,10 +5,11 @@ import json
 import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
+from stt.dataset.chat import cut_left, end_id, render
 from stt.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,8 +21,19 @@ IGNORED = -100           # label of a token that is not trained on (torch cross 
 VALIDATION_SHARE = 0.1   # of train, when the data has no validation split
 SPLIT_FILES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 
+Item = TypeVar("Item")   # an example, or what becomes one (stt/dataset/own.py)
 Row = Mapping[str, object]
+Encoded = dict[str, list[int]]  # input_ids and labels (IGNORED: not trained on) of what is read at once
 Splits = dict[str, list[tuple[str, Row]]]  # split -> (where the row stands, the row); "where" begins every complaint
+
+
+class Tokens(NamedTuple):
+    """An example as token ids: what is trained on (a conversation may take several rows), what an answer is generated
+    from, and whether one of the rows lost the beginning of its prompt."""
+
+    rows: list[Encoded]
+    prompt: list[int]
+    was_cut: bool
 
 
 @dataclass(frozen=True)
@@ -31,19 +43,21 @@ class Example:
     prompt: str
     answer: str               # with its leading space, without the end token
     label: str                # what `Task.extract` must find in the response
-    choices: tuple[str, ...]  # every label this question allows
+    choices: tuple[str, ...]  # every label this question allows; none: any text
+    tokens: Tokens | None = field(default=None, compare=False, repr=False)  # set: not tokenised by the rules below
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(Generic[Item]):
     """A task's data, and how a label is read out of a response (None: the response names no label)."""
 
     name: str
-    train: list[Example]
-    validation: list[Example]
-    test: list[Example]
+    train: list[Item]
+    validation: list[Item]
+    test: list[Item]
     extract: Callable[[str, Example], str | None]
     max_new_tokens: int
+    stop_ids: tuple[int, ...] = ()  # tokens that end an answer, besides the tokenizer's end token
 
 
 def make_example(prompt: str, label: str, choices: Sequence[str], where: str) -> Example:
@@ -63,91 +77,88 @@ def prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase, max_length:
 
     The choices, not the true answer, set the cut: at evaluation a prompt must not tell how long its answer is.
     """
-    return _fit_prompt(example, tokenizer, max_length, chat)[0]
+    return _tokens(example, tokenizer, max_length, chat).prompt
 
 
-def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int,
-           chat: bool = False) -> dict[str, list[int]]:
+def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int, chat: bool = False) -> Encoded:
     """`input_ids` = prompt, answer, end token; `labels` = the same, IGNORED on the prompt. At most `max_length` long.
 
     Prompt and answer are tokenised apart, so the prompt equals `prompt_ids`. With `chat` the prompt is one user turn of
     the tokenizer's chat template, and the answer loses its leading space.
     """
-    return _encode(example, tokenizer, max_length, chat)[0]
+    return _tokens(example, tokenizer, max_length, chat).rows[0]
 
 
 def encode_all(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int,
-               chat: bool = False) -> tuple[list[dict[str, list[int]]], int]:
+               chat: bool = False) -> tuple[list[Encoded], int]:
     """Every example encoded, and how many prompts had to be cut (no example is ever dropped)."""
     if not examples:
         raise InputError("there are no examples to encode: the data is empty.")
-    encoded = [_encode(example, tokenizer, max_length, chat) for example in examples]
-    n_truncated = sum(was_cut for _, was_cut in encoded)
+    encoded = [_tokens(example, tokenizer, max_length, chat) for example in examples]
+    n_truncated = sum(tokens.was_cut for tokens in encoded)
     if n_truncated:
         logger.warning("%d of %d prompts are cut on the left to fit %d tokens", n_truncated, len(encoded), max_length)
-    return [row for row, _ in encoded], n_truncated
+    return [row for tokens in encoded for row in tokens.rows], n_truncated
 
 
-def _encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int,
-            chat: bool) -> tuple[dict[str, list[int]], bool]:
+def labelled(prompt: list[int], answer: list[int]) -> Encoded:
+    """The row that trains `answer` after `prompt`."""
+    return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
+
+
+def _tokens(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int, chat: bool) -> Tokens:
+    if example.tokens is not None:
+        return example.tokens
     prompt, was_cut = _fit_prompt(example, tokenizer, max_length, chat)
-    answer = _answer_ids([example.answer], tokenizer, chat)[0]
-    return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}, was_cut
+    return Tokens([labelled(prompt, answer_ids([example.answer], tokenizer, chat)[0])], prompt, was_cut)
 
 
-def _answer_ids(answers: Sequence[str], tokenizer: PreTrainedTokenizerBase, chat: bool) -> list[list[int]]:
+def answer_ids(answers: Sequence[str], tokenizer: PreTrainedTokenizerBase, chat: bool) -> list[list[int]]:
     """The ids of each answer and of the model's real end token."""
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise InputError("the tokenizer has no end-of-sequence token, so an answer could never end:"
-                         " set eos_token in its tokenizer_config.json.")
+    end = end_id(tokenizer)
     texts = [answer.removeprefix(" ") if chat else answer for answer in answers]
-    return [[*ids, end] for ids in tokenizer(texts, add_special_tokens=False).input_ids]
+    return [[*ids, end] for ids in tokenizer(texts, add_special_tokens=False, verbose=False).input_ids]
 
 
 def _fit_prompt(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int,
                 chat: bool) -> tuple[list[int], bool]:
     """The prompt's ids and whether they were cut. A beginning-of-sequence token stays."""
-    answers = _answer_ids([example.answer, *(f" {choice}" for choice in example.choices)], tokenizer, chat)
+    answers = answer_ids([example.answer, *(f" {choice}" for choice in example.choices)], tokenizer, chat)
     room = max_length - max(map(len, answers))
-    ids = _chat_ids(example.prompt, tokenizer) if chat else _plain_ids(example.prompt, tokenizer)
+    ids = _chat_ids(example.prompt, tokenizer) if chat else plain_ids(example.prompt, tokenizer)
     if len(ids) <= room:
         return ids, False
-    begin = ids[:1] if ids[0] == tokenizer.bos_token_id and not chat else []
-    if room <= len(begin):
-        raise InputError(f"max_length {max_length} leaves no room for a prompt: an answer with its end token takes"
-                         f" {max_length - room} tokens; raise --max_length.")
-    if chat:
-        return _cut_chat(example.prompt, tokenizer, ids, room), True
-    return begin + ids[len(ids) - room + len(begin):], True
+    if not chat:
+        cut = cut_plain(ids, tokenizer, room)
+    else:  # the template's own turns stay
+        cut = cut_left(example.prompt, tokenizer, room, lambda text: _chat_ids(text, tokenizer))
+    if cut is None:
+        alone = ", the chat template alone is longer" if chat else ""
+        raise InputError(f"max_length {max_length} leaves no room for a prompt{alone}: an answer with its end token"
+                         f" takes {max_length - room} tokens; raise --max_length.")
+    return cut, True
 
 
-def _plain_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def plain_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of a prompt outside a template."""
     ids = tokenizer(prompt, verbose=False).input_ids
     while ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text; a prompt must stay open
         ids = ids[:-1]
     return ids
 
 
+def cut_plain(ids: list[int], tokenizer: PreTrainedTokenizerBase, room: int) -> list[int] | None:
+    """The last `room` ids, after the beginning-of-sequence token if there was one; None if no other would be left."""
+    begin = ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []
+    return begin + ids[max(len(ids) - room, 0) + len(begin):] if room > len(begin) else None
+
+
 def _chat_ids(content: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if tokenizer.chat_template is None:
         raise InputError("--apply_chat_template needs a tokenizer with a chat template, and this one has none:"
                          " leave the flag out or use an instruction-tuned model.")
-    messages = [{"role": "user", "content": content}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    text = render(tokenizer, [{"role": "user", "content": content}], None, True, "a prompt")
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids  # the template writes its own BOS
-
-
-def _cut_chat(prompt: str, tokenizer: PreTrainedTokenizerBase, ids: list[int], room: int) -> list[int]:
-    """The template around the end of the prompt: its text loses tokens on the left, the template's own turns stay."""
-    content = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
-    while len(ids) > room:
-        content = content[len(ids) - room:]
-        if not content:
-            raise InputError(f"the chat template alone is longer than the {room} tokens left for a prompt:"
-                             f" raise --max_length.")
-        ids = _chat_ids(tokenizer.decode(content), tokenizer)
-    return ids
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -161,22 +172,22 @@ def selection_subset(examples: Sequence[Example], ratio: float, seed: int) -> li
         raise InputError(f"active_sample_ratio must be in (0, 1], got {ratio}.")
     if not examples:
         raise InputError("there are no examples to select on: the data is empty.")
-    return _split_off(examples, max(1, round(ratio * len(examples))), seed)[0]
+    return split_off(examples, max(1, round(ratio * len(examples))), seed)[0]
 
 
-def dev_split(task: Task, fraction: float, seed: int) -> Task:
+def dev_split(task: Task[Item], fraction: float, seed: int) -> Task[Item]:
     """The task with a random `fraction` of train as its test set (`--dev_mode`): the real test set is not in it."""
     if not 0 < fraction < 1:
         raise InputError(f"the part of train held out by --dev_mode must be in (0, 1), got {fraction}.")
     if len(task.train) < 2:
         raise InputError(f"--dev_mode needs at least 2 training examples, task {task.name!r} has {len(task.train)}.")
     count = min(max(1, round(fraction * len(task.train))), len(task.train) - 1)
-    test, train = _split_off(task.train, count, seed)
+    test, train = split_off(task.train, count, seed)
     logger.info("--dev_mode: %d of %d training examples of %s are the test set", count, len(task.train), task.name)
     return replace(task, train=train, test=test)
 
 
-def limit(task: Task, train_size: int, seed: int) -> Task:
+def limit(task: Task[Item], train_size: int, seed: int) -> Task[Item]:
     """The task with `train_size` random training examples; 0 = all. A bigger size only adds to a smaller one."""
     if train_size < 0:
         raise InputError(f"train_size must be 0 (all) or more, got {train_size}.")
@@ -184,10 +195,10 @@ def limit(task: Task, train_size: int, seed: int) -> Task:
         logger.warning("train_size %d: task %s has only %d examples", train_size, task.name, len(task.train))
     if train_size == 0 or train_size >= len(task.train):
         return task
-    return replace(task, train=_split_off(task.train, train_size, seed)[0])
+    return replace(task, train=split_off(task.train, train_size, seed)[0])
 
 
-def complete_splits(splits: dict[str, list[Example]], name: str) -> dict[str, list[Example]]:
+def complete_splits(splits: dict[str, list[Item]], name: str) -> dict[str, list[Item]]:
     """Train, validation and test. Without a test split validation takes its place (BoolQ on the hub publishes no test
     labels); without a validation split a fixed random tenth of train becomes it. Both are logged."""
     for split, examples in splits.items():
@@ -205,11 +216,11 @@ def complete_splits(splits: dict[str, list[Example]], name: str) -> dict[str, li
             raise InputError(f"task {name!r} has no validation split, and its one training example cannot be split.")
         count = max(1, round(VALIDATION_SHARE * len(train)))
         logger.info("%s has no validation split: %d of %d training examples become it", name, count, len(train))
-        validation, train = _split_off(train, count, seed=0)
+        validation, train = split_off(train, count, seed=0)
     return {"train": train, "validation": validation, "test": test}
 
 
-def _split_off(examples: Sequence[Example], count: int, seed: int) -> tuple[list[Example], list[Example]]:
+def split_off(examples: Sequence[Item], count: int, seed: int) -> tuple[list[Item], list[Item]]:
     """`count` random examples and the rest, both in the order of the data; for one seed the counts are nested."""
     shuffled = list(range(len(examples)))
     random.Random(seed).shuffle(shuffled)
@@ -258,8 +269,7 @@ def read_rows(path: Path) -> list[tuple[str, Row]]:
     """The objects of a JSON list or of a JSONL file, each with its place ("row 3 of …", counted from 1)."""
     try:
         text = path.read_text(encoding="utf-8-sig")
-        values = ([(f"line {number} of {path}", json.loads(line)) for number, line in _lines(text)]
-                  if path.suffix == ".jsonl" else _numbered(json.loads(text), path))
+        values = _lines(text, path) if path.suffix == ".jsonl" else _numbered(json.loads(text), path)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is not valid {path.suffix[1:].upper()} ({error}).") from error
     except OSError as error:
@@ -272,8 +282,16 @@ def read_rows(path: Path) -> list[tuple[str, Row]]:
     return values
 
 
-def _lines(text: str) -> list[tuple[int, str]]:
-    return [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+def _lines(text: str, path: Path) -> list[tuple[str, Row]]:
+    found = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                found.append((f"line {number} of {path}", json.loads(line)))
+            except json.JSONDecodeError as error:  # whose own "line 1" would mislead
+                raise InputError(f"{path} is not valid JSONL (line {number}, column {error.colno}: {error.msg})."
+                                 ) from error
+    return found
 
 
 def _numbered(rows: object, path: Path) -> list[tuple[str, Row]]:

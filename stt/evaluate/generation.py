@@ -25,7 +25,8 @@ def generate_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     """One row an example, in their order: prompt, response, prediction (a label or None), label, correct.
 
     Prompts are `prompt_ids(…, max_length, chat)`: give the `max_length` of training. Answers are greedy, of at most
-    `task.max_new_tokens` tokens, and stop at the tokenizer's end token; in float32 they do not depend on `batch_size`.
+    `task.max_new_tokens` tokens, and stop at the tokenizer's end token or at one of `task.stop_ids`; in float32 they do
+    not depend on `batch_size`.
     """
     if not examples:
         raise InputError("there are no examples to answer: the data is empty.")
@@ -33,7 +34,7 @@ def generate_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         raise InputError(f"the evaluation batch size must be at least 1, got {batch_size}.")
     prompts = [prompt_ids(example, tokenizer, max_length, chat) for example in examples]
     check_positions(model, max(map(len, prompts)), task.max_new_tokens)
-    config = _greedy(tokenizer, task.max_new_tokens)
+    config = _greedy(tokenizer, task)
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # little padding; memory fails at once
     responses = [""] * len(prompts)
     with inference(model, autocast_dtype) as device, _own_settings_aside(model):
@@ -54,10 +55,13 @@ def accuracy(rows: Sequence[Mapping[str, object]]) -> float:
     return sum(bool(row["correct"]) for row in rows) / len(rows)
 
 
-def majority_accuracy(train: Sequence[Example], test: Sequence[Example]) -> float:
-    """The accuracy of always giving the most frequent training label (of equals, the first in the alphabet)."""
+def majority_accuracy(train: Sequence[Example], test: Sequence[Example]) -> float | None:
+    """The accuracy of always giving the most frequent training label (of equals, the first in the alphabet); None if
+    the answers are no labels but free text."""
     if not train or not test:
         raise InputError("there are no examples to count: the data is empty.")
+    if not test[0].choices:
+        return None
     counts = Counter(example.label for example in train)
     majority = min(counts, key=lambda label: (-counts[label], label))
     return sum(example.label == majority for example in test) / len(test)
@@ -72,11 +76,11 @@ def left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.dev
             "attention_mask": torch.tensor(mask, device=device)}   # (B, T)
 
 
-def _greedy(tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
+def _greedy(tokenizer: PreTrainedTokenizerBase, task: Task) -> GenerationConfig:
     end = tokenizer.eos_token_id
     pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, use_cache=True,
-                            eos_token_id=end, pad_token_id=pad)
+    return GenerationConfig(max_new_tokens=task.max_new_tokens, do_sample=False, num_beams=1, use_cache=True,
+                            eos_token_id=[end, *task.stop_ids], pad_token_id=pad)
 
 
 @contextmanager
@@ -100,8 +104,8 @@ def check_positions(model: PreTrainedModel, longest_prompt: int, max_new_tokens:
                          f" positions of the model: set max_length to at most {positions - max_new_tokens}.")
 
 
-def _until_end(ids: list[int], end: int) -> list[int]:
-    return ids[:ids.index(end)] if end in ids else ids
+def _until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
+    return ids[:next((place for place, token in enumerate(ids) if token in ends), len(ids))]
 
 
 def _row(example: Example, response: str, task: Task) -> dict[str, object]:

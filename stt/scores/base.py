@@ -4,6 +4,8 @@ Shapes: N rows (every position of a batch, padding included), D model width, F n
 """
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -21,12 +23,21 @@ class Seen:
     gradients: Tensor | None = None  # (N, F) of the loss, summed over labelled tokens, with respect to `hidden`
 
 
-@dataclass(frozen=True)
 class Weights:
-    """The projections of one site, one row or column per unit; float64, detached."""
+    """The projections of one site, one row or column per unit; float64, made when first asked for."""
 
-    gate: Tensor  # (F, D)
-    down: Tensor  # (D, F)
+    def __init__(self, gate: Callable[[], Tensor], down: Callable[[], Tensor]):
+        self._gate, self._down = gate, down
+
+    @functools.cached_property
+    def gate(self) -> Tensor:
+        """(F, D)"""
+        return self._gate().detach().double()
+
+    @functools.cached_property
+    def down(self) -> Tensor:
+        """(D, F)"""
+        return self._down().detach().double()
 
 
 @dataclass

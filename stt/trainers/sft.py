@@ -1,7 +1,4 @@
-"""Supervised fine-tuning on answers: transformers.Trainer with our loss, our evaluation and our record.
-
-Loss is cross-entropy at labelled tokens only, divided by their number in the whole accumulated batch.
-"""
+"""Supervised fine-tuning on answers: transformers.Trainer with our loss, our evaluation and our record."""
 from __future__ import annotations
 
 import sys
@@ -11,17 +8,17 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint, unwrap_peft_model
 
 from stt.arguments import LLMArgs
 from stt.errors import InputError, TrainingFailed
+from stt.loss import chunked_loss
+from stt.surgery import restore_forward
 
-# Shapes: B examples, T tokens, V words, L labelled tokens.
+# Shapes: B examples, T tokens.
 
 Encoded = dict[str, list[int]]  # input_ids and labels (-100: not trained on) of one example
 
@@ -38,19 +35,11 @@ def collate(pad_id: int) -> Callable[[Sequence[Encoded]], dict[str, Tensor]]:
     return batch
 
 
-def answer_loss(outputs: CausalLMOutput, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-    """Cross-entropy summed over labelled tokens, over their number in the accumulated batch (here, if not given)."""
-    logits, labels = outputs.logits[:, :-1], labels[:, 1:]  # (B, T-1, V), (B, T-1)
-    is_labelled = labels != -100
-    loss = F.cross_entropy(logits[is_labelled].float(), labels[is_labelled], reduction="sum")  # (L, V), (L,)
-    return loss / (is_labelled.sum() if num_items_in_batch is None else num_items_in_batch)
-
-
 class SFTTrainer(Trainer):
     """`evaluate` measures accuracy by generation: what `validate()` returns."""
 
     def __init__(self, *args: object, validate: Callable[[], float] | None = None, **kwargs: object):
-        super().__init__(*args, compute_loss_func=answer_loss, **kwargs)
+        super().__init__(*args, **kwargs)
         self.validate = validate
 
     def evaluate(self, eval_dataset: object = None, ignore_keys: object = None,
@@ -59,7 +48,6 @@ class SFTTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
 
     def training_step(self, *args: object, **kwargs: object) -> Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -114,12 +102,6 @@ class Record(TrainerCallback):
         if not torch.stack([g.isfinite().all() for g in gradients]).all():
             raise TrainingFailed(failure("the gradient", state, Path(args.output_dir)))
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
-                model: nn.Module | None = None, **_: object) -> None:
-        selection = getattr(model, "stt_selection", None)
-        if selection is not None:  # stt.load reads it
-            selection.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / "selection.safetensors")
-
 
 def training_arguments(args: LLMArgs, folder: Path, device: torch.device,
                        autocast_dtype: torch.dtype | None) -> TrainingArguments:
@@ -133,7 +115,8 @@ def training_arguments(args: LLMArgs, folder: Path, device: torch.device,
         logging_steps=args.log_interval, logging_first_step=True, logging_nan_inf_filter=False, report_to=[],
         eval_strategy="epoch" if args.eval_epochs else "no", save_strategy="epoch", save_total_limit=2,
         load_best_model_at_end=args.select_best, metric_for_best_model="accuracy" if args.select_best else None,
-        remove_unused_columns=False, label_names=["labels"], disable_tqdm=not sys.stderr.isatty())
+        remove_unused_columns=False, label_names=["labels"], dataloader_pin_memory=device.type == "cuda",
+        disable_tqdm=not sys.stderr.isatty())
 
 
 def train(model: nn.Module, encoded: Sequence[Encoded], pad_id: int, arguments: TrainingArguments,
@@ -141,23 +124,27 @@ def train(model: nn.Module, encoded: Sequence[Encoded], pad_id: int, arguments: 
           seconds_before: float = 0.0) -> TrainerState:
     """Train what requires gradients; the state after the last step. `seconds_before` were spent before a resumption.
 
-    Raises TrainingFailed for a loss or gradient that is not a number or for too little memory, and InputError if there
-    is nothing to resume.
+    The loss is that of `chunked_loss`, over the labelled tokens of the whole accumulated batch; afterwards the model's
+    forward is its own again. Raises TrainingFailed for a loss or gradient that is not a number or for too little
+    memory, and InputError for a model without that loss or if there is nothing to resume.
     """
     check_trained_dtype(model)
-    trainer = SFTTrainer(model=model, args=arguments, train_dataset=list(encoded), data_collator=collate(pad_id),
-                         eval_dataset=[] if validate else None, validate=validate,
-                         callbacks=[Record(log, seconds_before)])
-    trainer.remove_callback(PrinterCallback)
-    if trainer.pop_callback(ProgressCallback):
-        trainer.add_callback(Bar)
-    checkpoint = last_checkpoint(Path(arguments.output_dir)) if resume else None
+    chunked_loss(model)
     try:
+        trainer = SFTTrainer(model=model, args=arguments, train_dataset=list(encoded), data_collator=collate(pad_id),
+                             eval_dataset=[] if validate else None, validate=validate,
+                             callbacks=[Record(log, seconds_before)])
+        trainer.remove_callback(PrinterCallback)
+        if trainer.pop_callback(ProgressCallback):
+            trainer.add_callback(Bar)
+        checkpoint = last_checkpoint(Path(arguments.output_dir)) if resume else None
         with logging_redirect_tqdm():
             trainer.train(resume_from_checkpoint=checkpoint)
     except torch.OutOfMemoryError as error:
         raise TrainingFailed(f"the device ran out of memory: halve --train_batch and double "
                              f"--gradient_accumulation_steps ({str(error).splitlines()[0]})") from error
+    finally:
+        restore_forward(unwrap_peft_model(model))
     return trainer.state
 
 
