@@ -90,14 +90,19 @@ def free_bytes(device: torch.device) -> int:
 
 
 def resident_bytes(size: Size) -> int:
-    """Bytes of the weights, gradients and AdamW states of all rows at once, and of the logits of a training step."""
+    """Bytes of the weights, gradients and AdamW states of all rows at once, and of the logits of a training step.
+
+    The small matrices of a LoRA are not counted.
+    """
     full = models.dense(size, "meta")
     thin = models.dense(dataclasses.replace(size, config={**size.config, "intermediate_size": size.kept}), "meta")
-    heads = _numel(full, models.head_names(full, size))
-    trained = {"full": (_numel(full), _numel(full)), "lora": (_numel(full), heads), "ours_lora": (_numel(thin), heads)}
-    narrow = (_numel(thin), _numel(thin, models.neurons_and_head(thin, size)))
-    total = sum(FLOAT * (held + 3 * trains) for held, trains in (trained.get(row, narrow) for row in size.rows))
-    return total + 3 * FLOAT * size.batch * size.length * int(size.config.get("vocab_size", 0))
+    whole, rest, heads = _numel(full), _numel(thin), _numel(full, models.head_names(full, size))
+    neurons = _numel(thin, models.neurons_and_head(thin, size))
+    trained = {"full": whole, "lora": heads, "ours_lora": heads}
+    frozen = {"full": 0, "lora": whole - heads, "ours_lora": rest - heads}
+    total = 4 * sum(trained.get(row, neurons) for row in size.rows)  # weights, gradients, two moments
+    total += sum({frozen.get(row, rest - neurons) for row in size.rows})  # equal ones are there once
+    return FLOAT * (total + 3 * size.batch * size.length * int(size.config.get("vocab_size", 0)))
 
 
 def layers_that_fit(size: Size, free: int) -> Size:

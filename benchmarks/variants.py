@@ -125,11 +125,23 @@ NARROW = {"narrow", "narrow_trl", "narrow_checkpointed"}  # only read the dense 
 
 
 def build(size: Size, device: torch.device) -> dict[str, Variant]:
-    """The rows that can be built here, each from the same dense weights and with the same kept neurons."""
+    """The rows that can be built here, each from the same dense weights and with the same kept neurons. What is frozen
+    and equal in several of them is there once."""
     source = models.dense(size, device)
     kept = models.random_neurons(source, size)
-    return {name: BUILDERS[name](source if name in NARROW else copy.deepcopy(source), size, kept)
-            for name in size.rows if missing(name) is None}
+    built: dict[str, Variant] = {}
+    frozen: dict[tuple[str, torch.Size], Tensor] = {}
+    for name in size.rows:
+        if missing(name) is None:
+            built[name] = BUILDERS[name](source if name in NARROW else copy.deepcopy(source), size, kept)
+            for key, parameter in built[name].model.named_parameters():
+                if not parameter.requires_grad:
+                    parameter.data = _equal_or_own(frozen.setdefault((key, parameter.shape), parameter.data), parameter)
+    return built
+
+
+def _equal_or_own(known: Tensor, parameter: Tensor) -> Tensor:
+    return known if torch.equal(known, parameter) else parameter.data
 
 
 def missing(name: str) -> str | None:

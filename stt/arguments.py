@@ -142,6 +142,8 @@ class LLMArgs:
     """compute type; trained weights are fp32 in every case. auto = bf16 on a GPU that has it, else fp32"""
     warmup_ratio: float = 0.03
     """share of the steps that warm up, with --schedule"""
+    group_by_length: bool = False
+    """put training examples of about the same length into one batch: less padding, another order"""
     max_grad_norm: float = 1.0
     """gradients are scaled down to this norm; 0 = never"""
     max_length: int = 256

@@ -374,5 +374,5 @@ def _installed(decoder: nn.Module) -> DecoderLoss | None:
     forward = vars(decoder).get("forward")
     while hasattr(forward, "__wrapped__"):
         forward = forward.__wrapped__
-    recipe = getattr(forward, "func", None)
+    recipe = getattr(forward, "func", forward)
     return recipe if isinstance(recipe, DecoderLoss) else None

@@ -22,12 +22,21 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(owner), attribute, module)
 
 
+class BoundForward(functools.partial):
+    """A forward bound to its module that pickles and deep-copies; wrappers (accelerate's autocast) find in `__func__`
+    what a method would have there."""
+
+    @property
+    def __func__(self) -> Callable[..., object]:
+        return self.func
+
+
 def override_forward(module: nn.Module, forward: Callable[..., object]) -> None:
     """Let `module` compute `forward(module, ...)` instead of its class's forward, until `restore_forward`.
 
     Survives deepcopy and pickling, and `inspect.signature(module.forward)` is that of `forward` without the module.
     """
-    module.forward = functools.partial(forward, module)
+    module.forward = BoundForward(forward, module)
 
 
 def restore_forward(module: nn.Module) -> None:

@@ -145,6 +145,17 @@ def test_all_rows_give_the_same_loss_and_move_the_same_weights(size):
     assert after == pytest.approx([after[0]] * 3, rel=1e-5)
 
 
+def test_frozen_weights_of_equal_rows_are_there_once():
+    built = variants.build(DECODER, CPU)
+    frozen = {p.data_ptr() for variant in built.values() for p in variant.model.parameters() if not p.requires_grad}
+    trained = [p.data_ptr() for variant in built.values() for p in variant.model.parameters() if p.requires_grad]
+    assert not frozen & set(trained)
+    assert len(trained) == len(set(trained))
+    weights = {row: built[row].model.model.layers[0].self_attn.q_proj.weight for row in ("ours", "narrow", "scatter")}
+    assert len({weight.data_ptr() for weight in weights.values()}) == 1
+    assert built["ours_lora"].model.model.layers[0].mlp.gate_proj.weight.data_ptr() in frozen
+
+
 def test_only_the_answer_is_labelled():
     labels = models.batch(ANSWER)["labels"]
     assert (labels[:, :7] == -100).all()
@@ -279,21 +290,15 @@ def test_peak_is_the_worst_moment():
 def test_layers_that_fit():
     six = replace(DECODER, rows=("full", "narrow", "lora")).with_layers(6)
     needs = {layers: memory.resident_bytes(six.with_layers(layers)) for layers in (1, 3, 6)}
-    per_layer = {name: sum(p.numel() for p in models.dense(size.with_layers(1)).model.layers.parameters())
-                 for name, size in (("dense", DECODER), ("thin", narrower(DECODER)))}
-    neurons_of_layer = 3 * 32 * 13
-    assert needs[3] - needs[1] == 2 * 4 * (4 * per_layer["dense"] + per_layer["thin"] + 3 * neurons_of_layer
-                                           + per_layer["dense"])
+    dense = sum(p.numel() for p in models.dense(DECODER.with_layers(1)).model.layers.parameters())
+    neurons, attention = 3 * 32 * 13, dense - 3 * 32 * 44
+    assert needs[3] - needs[1] == 2 * 4 * (4 * dense + 4 * neurons + attention + dense)  # full, narrow, frozen of lora
     assert memory.layers_that_fit(six, int(needs[6] / 0.79)).layers == 6
     assert memory.layers_that_fit(six, int(needs[6] / 0.81)).layers == 5
     assert memory.layers_that_fit(six, 10**12).layers == 6
     assert memory.layers_that_fit(six, int(needs[1] / 0.79)).layers == 1
     with pytest.raises(memory.TooLarge, match="needs .* GB with one layer"):
         memory.layers_that_fit(six, needs[1])
-
-
-def narrower(size: Size) -> Size:
-    return replace(size, config={**size.config, "intermediate_size": size.kept})
 
 
 def test_sizes_of_the_plans():

@@ -108,6 +108,7 @@ def training_arguments(args: LLMArgs, folder: Path, device: torch.device,
     """What transformers.Trainer is told: a checkpoint after every epoch, and no reporting but ours."""
     return TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=args.train_batch, num_train_epochs=args.num_epoch,
+        train_sampling_strategy="group_by_length" if args.group_by_length else "random",
         gradient_accumulation_steps=args.gradient_accumulation_steps, learning_rate=args.lr, weight_decay=args.wd,
         max_grad_norm=args.max_grad_norm, lr_scheduler_type="linear" if args.schedule else "constant",
         warmup_steps=args.warmup_ratio if args.schedule else 0, seed=args.seed, data_seed=args.seed,
