@@ -84,19 +84,18 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(plan: Plan, device: torch.device, clock: str) -> Outcome:
-    """Everything of the plan; the models of one measurement are gone before the next."""
-    from benchmarks import measure
+    """Everything of the plan; the models of one measurement are gone before the next. Raises TooLarge at once."""
+    from benchmarks import measure, memory
 
+    for size in (*plan.decoders, *plan.answers):
+        memory.layers_that_fit(size, memory.free_bytes(device))
     setting = measure.Setting(plan, device, clock, time.perf_counter() + plan.total_seconds)
     outcome = measure.Outcome({}, [], {})
-    for size in plan.decoders:
-        outcome.add(measure.decoder(size, setting))
-    for size in plan.encoders:
-        outcome.add(measure.encoder(size, setting))
-    for size in plan.selections:
-        outcome.add(measure.selection(size, setting))
-    for size in plan.answers:
-        outcome.add(measure.answer_only(size, setting))
+    for sizes, measured in ((plan.decoders, measure.decoder), (plan.encoders, measure.encoder),
+                            (plan.selections, measure.selection), (plan.answers, measure.answer_only)):
+        for size in sizes:
+            print(f"{time.strftime('%H:%M:%S')} measuring: {size.name}", file=sys.stderr)
+            outcome.add(measured(size, setting))
     return outcome
 
 

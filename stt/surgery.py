@@ -37,11 +37,20 @@ def override_forward(module: nn.Module, forward: Callable[..., object]) -> None:
     Survives deepcopy and pickling, and `inspect.signature(module.forward)` is that of `forward` without the module.
     """
     module.forward = BoundForward(forward, module)
+    module._replicate_for_data_parallel = BoundForward(_replica, module)
 
 
 def restore_forward(module: nn.Module) -> None:
     """Undo `override_forward`; nothing happens to a module that computes its class's forward."""
     module.__dict__.pop("forward", None)
+    module.__dict__.pop("_replicate_for_data_parallel", None)
+
+
+def _replica(module: nn.Module) -> nn.Module:
+    """nn.DataParallel's copy of the module: its forward is bound to itself."""
+    replica = type(module)._replicate_for_data_parallel(module)
+    override_forward(replica, module.forward.func)
+    return replica
 
 
 def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -101,8 +101,10 @@ def test_other_ways_to_take_the_ordinary_path(monkeypatch: pytest.MonkeyPatch) -
             lambda module, args, y: gates.append(y) if module is block.gate_proj else None):
         assert took(block(x)) == "own"
     assert len(gates) == 1
-    with Watching():
+    with Watching(), torch.device("cpu"):
         assert took(block(x)) == "own"
+    with torch.device("cpu"):  # as torch.set_default_device
+        assert took(block(x)) == "fused"
     with torch.no_grad(), monkeypatch.context() as patch:
         patch.setattr(fused.FeedForward, "run", None)
         assert torch.equal(block(x), expected)

@@ -1,6 +1,9 @@
 """What trains and what does not, in which dtype; heads, tied and untied; counting parameters by hand."""
 from __future__ import annotations
 
+import copy
+import inspect
+
 import pytest
 import tiny
 import torch
@@ -9,7 +12,16 @@ from torch import nn
 import stt
 from stt.errors import InputError
 from stt.sites import find_sites
-from stt.surgery import count_parameters, head_is_tied, head_parameters, replace_module, sliced_parameters, untie_head
+from stt.surgery import (
+    count_parameters,
+    head_is_tied,
+    head_parameters,
+    override_forward,
+    replace_module,
+    restore_forward,
+    sliced_parameters,
+    untie_head,
+)
 
 HEADS = {
     "qwen2": ["lm_head.weight"],
@@ -142,3 +154,22 @@ def test_replace_module_at_every_depth() -> None:
     replace_module(model, "1.a.0", second)
     assert model[0] is first
     assert model[1]["a"][0] is second
+
+
+def test_an_overridden_forward_follows_copies_and_comes_off():
+    def doubled(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return 2 * type(module).forward(module, x)
+
+    layer, x = nn.Linear(3, 2), torch.randn(4, 3)
+    plain = layer(x)
+    override_forward(layer, doubled)
+    assert list(inspect.signature(layer.forward).parameters) == ["x"]
+    twin = copy.deepcopy(layer)
+    nn.init.zeros_(layer.weight)
+    assert torch.equal(twin(x), 2 * plain)
+    assert not torch.equal(layer(x), 2 * plain)
+    replica = twin._replicate_for_data_parallel()  # what nn.DataParallel makes for each GPU
+    assert replica.forward.args == (replica,)
+    restore_forward(twin)
+    assert torch.equal(twin(x), plain)
+    assert not {"forward", "_replicate_for_data_parallel"} & vars(twin).keys()

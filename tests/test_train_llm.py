@@ -54,7 +54,8 @@ def plain(small, tmp_path_factory) -> Path:
                                    ["--max_grad_norm", "0"], ["--no_schedule"], ["--wd", "0.9"], ["--tune_attn"],
                                    ["--keep_ratio", "0.9"], ["--active_threshold", "5"], ["--seed", "1"],
                                    ["--preset", "best"], ["--score", "outside_score:MeanSize"],
-                                   ["--compensate", "mean"], ["--select_on", "answer"], ["--group_by_length"]], ids=" ".join)
+                                   ["--compensate", "mean"], ["--select_on", "answer"],
+                                   ["--group_by_length"]], ids=" ".join)
 def test_every_flag_changes_the_training(flags, small, plain, tmp_path):
     assert run(small, tmp_path, "--num_epoch", "1", *flags) == 0
     assert losses(tmp_path) != losses(plain)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
-from torch.overrides import _get_current_function_mode
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from stt.errors import InputError
 from stt.mlps.stt_linear import STTLinear
@@ -166,7 +167,8 @@ def _remade(kind: type[nn.Module]) -> nn.Module:
 def _is_observed() -> bool:
     """True if something follows the operations: a compiler, a tracer, torch.func, a function mode, a global hook."""
     return bool(torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-                or _get_current_function_mode() or _has_any_global_hook())
+                or _has_any_global_hook()
+                or any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack()))
 
 
 def _is_bare(module: nn.Module) -> bool:
