@@ -21,7 +21,8 @@ from stt import selecting
 
 NOTE = ("Saved: what autograd keeps for the backward pass, parameters excluded; gradients that a loss already makes in "
         "its forward (ours: those of the head) are not in it, but in the peak. Peak: weights, gradients, AdamW state "
-        "and everything else at the worst moment of a step. TRL's loss skips unlabelled positions on a GPU only.")
+        "and everything else at the worst moment of a step.")
+TRL_NOTE = "TRL's loss skips unlabelled positions on a GPU only."
 INFERENCE = ("full", "scatter", "ours", "narrow")  # rows whose prefill and decode are measured
 PASS_TITLES = {"forward": "plain forward, head included", "ours": "ours", "hooks": "straightforward hooks"}
 Seconds = dict[str, list[float]]  # by row: one number per round
@@ -251,6 +252,8 @@ def _table(title: str, rows: tuple[str, ...], columns: Mapping[str, Column]) -> 
         cells: list[Cell] = [statistics.median(cell) if isinstance(cell, list) else cell
                              for cell in (column.get(name) for column in columns.values())]
         table.rows.append((TITLES[name], *cells))
+        if name == "narrow_trl":
+            table.notes.append(TRL_NOTE)
         if variants.missing(name):
             table.notes.append(f"{TITLES[name]}: {variants.missing(name)}.")
     return table

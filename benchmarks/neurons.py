@@ -2,7 +2,7 @@
 """How fast and how large training and inference on 30 % of the neurons are, beside a model that was built that narrow.
 
     python benchmarks/neurons.py --quick --json out.json      4 minutes: ours against the natively narrow model
-    python benchmarks/neurons.py --out RESULTS.md              all rows, all tables
+    python benchmarks/neurons.py --out benchmarks/RESULTS.md   all rows, all tables
     python benchmarks/neurons.py --device cuda --out GPU.md    bfloat16 autocast, larger shapes, peak memory
 
 The natively narrow model is the limit to compare with: transformers builds it with the kept width, it holds the same
@@ -45,8 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from util.utils import write_json_atomic
 
     transformers.logging.set_verbosity_error()
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     load_before = machine.load()
     outcome = run(plan(args.device, args.quick), device, args.clock)
@@ -67,13 +66,14 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="only ours and the natively narrow model, fewer rounds")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
-    parser.add_argument("--threads", type=int, help="threads of PyTorch on the CPU (default: as many as it chooses)")
+    parser.add_argument("--threads", type=int, default=1,
+                        help="threads of PyTorch on the CPU (default: 1, steadier beside other work)")
     parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: processor time, for one thread "
                         "on a busy machine (default: wall)")
     parser.add_argument("--json", metavar="FILE", help="write ratios, intervals and the circumstances here")
     parser.add_argument("--out", metavar="FILE.md", help="write the tables and the circumstances here, in Markdown")
     args = parser.parse_args(argv)
-    if args.threads is not None and args.threads < 1:
+    if args.threads < 1:
         parser.error(f"--threads must be at least 1, got {args.threads}")
     if args.clock == "cpu" and args.device != "cpu":
         parser.error("--clock cpu does not see the time of a GPU: leave it out")
@@ -92,7 +92,7 @@ def run(plan: Plan, device: torch.device, clock: str) -> Outcome:
     setting = measure.Setting(plan, device, clock, time.perf_counter() + plan.total_seconds)
     outcome = measure.Outcome({}, [], {})
     for sizes, measured in ((plan.decoders, measure.decoder), (plan.encoders, measure.encoder),
-                            (plan.selections, measure.selection), (plan.answers, measure.answer_only)):
+                            (plan.answers, measure.answer_only), (plan.selections, measure.selection)):
         for size in sizes:
             print(f"{time.strftime('%H:%M:%S')} measuring: {size.name}", file=sys.stderr)
             outcome.add(measured(size, setting))

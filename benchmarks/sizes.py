@@ -99,8 +99,8 @@ def _quick(whole: Plan) -> Plan:
     encoders = tuple(replace(size, rows=PAIR) for size in whole.encoders)
     selections = tuple(replace(size, rows=PASSES[:2]) for size in whole.selections)
     return Plan(decoders, answers, selections, encoders, selection_batches=2, new_tokens=8, is_quick=True,
-                total_seconds=180, seconds={"step": 20, "answer": 40, "prefill": 8, "decode": 14, "encoder": 8,
-                                            "selection": 14})
+                total_seconds=165, seconds={"step": 15, "answer": 40, "prefill": 6, "decode": 12, "encoder": 7,
+                                            "selection": 12})
 
 
 def _cpu_plan() -> Plan:

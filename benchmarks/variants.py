@@ -39,6 +39,7 @@ class Variant:
     name: str
     model: PreTrainedModel
     switches: Mapping[str, object] = field(default_factory=dict)
+    optimizer: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
         self.model.train()

@@ -1,0 +1,1 @@
+"""Speed and memory beside natively narrow models: `python benchmarks/neurons.py --help`."""
