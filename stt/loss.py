@@ -209,8 +209,8 @@ def _in_chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor
     exact = torch.promote_types(dtype, torch.float32)
     total = torch.zeros((), dtype=exact, device=hidden.device)
     of_hidden = torch.zeros_like(hidden) if needs[0] else None
-    of_weight, of_bias = (torch.zeros_like(value, dtype=exact) if needed else None
-                          for value, needed in zip((weight, bias), needs[1:], strict=True))
+    of_bias = torch.zeros_like(bias, dtype=exact) if needs[2] else None
+    of_weight = None  # of the first chunk, which is there even if it is empty, is not added to zeros
     matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)  # (V, D), (V,)
     for at, answers in zip(rows.split(CHUNK_ROWS), targets.split(CHUNK_ROWS), strict=True):
         states = hidden[at].to(dtype)  # (C, D)
@@ -221,8 +221,8 @@ def _in_chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor
         slopes = slopes.to(dtype)
         if of_hidden is not None:
             of_hidden[at] = (slopes @ matrix).to(hidden.dtype)
-        if of_weight is not None:
-            _add_product_(of_weight, slopes.T, states)
+        if needs[1]:
+            of_weight = _plus_product(of_weight, slopes.T, states, exact)
     of_weight, of_bias = (None if gradient is None else gradient.to(value.dtype)
                           for gradient, value in ((of_weight, weight), (of_bias, bias)))
     return total, [of_hidden, of_weight, of_bias]
@@ -251,12 +251,13 @@ def _cross_entropy_(x: Tensor, answers: Tensor, transform: Transform, needs_slop
     return (weights.log_() - chosen).sum()
 
 
-def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left right: (V, D) += (V, C) (C, D), summed in total's dtype."""
-    if left.dtype == total.dtype:
-        torch.addmm(total, left, right, out=total)  # counters of FLOPs do not know addmm_
-    else:
-        total += left @ right
+def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """total (V, D), in place if there is one, plus (V, C) (C, D), summed in `dtype`."""
+    if total is None:
+        return (left @ right).to(dtype)
+    if left.dtype == dtype:
+        return torch.addmm(total, left, right, out=total)  # counters of FLOPs do not know addmm_
+    return total.add_(left @ right)
 
 
 # ---------------------------------------------------------------- what a model does to its logits
