@@ -29,9 +29,8 @@ Preset = Literal["published", "best"]
 Compensation = Literal["none", "mean", "lstsq"]
 Part = Literal["all", "prompt", "answer"]
 
-# What selects, where a flag leaves it open: as published, or what our own comparison (README, Results) says is best.
-PRESETS = {"published": {"score": "stt", "compensate": "none"},
-           "best": {"score": "contribution", "compensate": "lstsq"}}
+# What selects, where a flag leaves it open: as published (None), or what our comparison (README, Results) says is best.
+PRESETS = {"published": {}, "best": {"score": "contribution", "compensate": "lstsq"}}
 
 # What `None` stands for: the shipped model needs other numbers than a real one (those are the published defaults).
 FOR_SHIPPED_MODEL = {"lr": 1e-3, "num_epoch": 3, "train_batch": 32, "schedule": True}
@@ -218,9 +217,11 @@ class LLMArgs:
                              "its own way, leave it out.")
         if self.compensate not in (None, "none") and self.mode in KEEPS_EVERYTHING:
             raise InputError(f"compensate makes up for removed neurons, and mode {self.mode!r} removes none.")
+        if self.select_on != "all" and self.mode in KEEPS_EVERYTHING:
+            raise InputError(f"select_on says what a selection looks at, and mode {self.mode!r} selects nothing.")
         if self.select_on != "all" and self.count_padding:
             raise InputError("count_padding counts every position and select_on only some; give one of them.")
-        if self.eval_restored and (self.compensate or PRESETS[self.preset]["compensate"]) != "none":
+        if self.eval_restored and (self.compensate or PRESETS[self.preset].get("compensate", "none")) != "none":
             raise InputError("eval_restored puts removed neurons back, which the kept ones were compensated for; give "
                              "--compensate none.")
 

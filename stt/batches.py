@@ -20,6 +20,10 @@ def as_inputs(batch: Batch, model: nn.Module, tokenizer: PreTrainedTokenizerBase
              if name in accepted and isinstance(value, Tensor)}
     if model.main_input_name not in named and "inputs_embeds" not in named:
         raise InputError(f"a calibration batch must hold a tensor {model.main_input_name!r}, got {_described(batch)}")
+    ids = named.get("input_ids")
+    if ids is not None and (ids.ndim < 2 or not ids.numel()):
+        raise InputError(f"`input_ids` of a calibration batch must be (examples, tokens), at least one of each, got "
+                         f"{tuple(ids.shape)}")
     if model.config.is_encoder_decoder and model.can_generate() and \
             not named.keys() & {"labels", "decoder_input_ids", "decoder_inputs_embeds"}:
         raise InputError(f"{type(model).__name__} has a decoder: every calibration batch needs `labels` or "
@@ -52,7 +56,9 @@ def batched(data: Iterable[Batch] | Sequence[str]) -> Iterable[Batch]:
 def _named(batch: Batch, main: str, tokenizer: PreTrainedTokenizerBase | None) -> Mapping[str, object]:
     if isinstance(batch, Mapping):
         texts = batch.get("text")
-        return batch if texts is None or main in batch else _tokenized(list(texts), tokenizer)
+        if texts is None or main in batch:
+            return batch
+        return _tokenized([texts] if isinstance(texts, str) else list(texts), tokenizer)
     if isinstance(batch, Tensor):
         return {main: batch}
     if isinstance(batch, list | tuple) and batch and all(isinstance(text, str) for text in batch):
@@ -64,11 +70,18 @@ def _named(batch: Batch, main: str, tokenizer: PreTrainedTokenizerBase | None) -
             if not torch.isin(batch[1], torch.tensor([0, 1], device=batch[1].device)).all():
                 raise InputError("the second tensor of a tuple must be the attention mask, zeros and ones: "
                                  "give a mapping with names instead")
-        if len(batch) > 1 and isinstance(batch[-1], Tensor) and batch[-1].ndim == 1:  # one class per example
+        if len(batch) > 1 and isinstance(batch[-1], Tensor) and _are_labels(batch[-1], batch[0], len(batch)):
             named["labels"] = batch[-1]
         return named
     raise InputError(f"a calibration batch must be a mapping of tensors, a tensor, a tuple of tensors or a list of "
                      f"strings, got {_described(batch)}")
+
+
+def _are_labels(last: Tensor, first: Tensor, count: int) -> bool:
+    """True for one class per example, and for what stands third or later, has the shape of the tokens and is more than
+    zeros and ones (which are token types)."""
+    is_per_token = count > 2 and last.shape == first.shape and not last.is_floating_point()
+    return last.ndim == 1 or (is_per_token and bool(((last != 0) & (last != 1)).any()))
 
 
 def _tokenized(texts: list[str], tokenizer: PreTrainedTokenizerBase | None) -> Mapping[str, object]:

@@ -33,7 +33,8 @@ Results = list[dict[str, Tensor]]  # by score: site -> (F,) float64 on the CPU
 
 @dataclass(frozen=True)
 class Calibration:
-    """Scores, the same from each half of the examples alone (None if a half is empty), and what they were measured on.
+    """Scores, the same from each half of the examples alone (None if one has no token that counts), and what they were
+    measured on.
 
     `apart` are the statistics asked for by `also`, of each half.
     """
@@ -66,11 +67,12 @@ def calibrate(model: nn.Module, sites: Sites, scores: Sequence[Score], batches: 
     if {need for statistic in of_a for need in statistic.needs} - {"weights"}:
         _check_compact(model, sites)
         _pass(model, sites, (of_a, of_b), batches, tokenizer, count_padding, progress, select_on, shown)
+    apart = of_a[len(scores):], of_b[len(scores):]
+    of_a, of_b = of_a[:len(scores)], of_b[:len(scores)]
     total = [_added(a, b) for a, b in zip(of_a, of_b, strict=True)]
-    groups = [total, of_a, of_b] if min(shown.halves) else [total]
-    results = _results(model, sites, [group[:len(scores)] for group in groups])
-    return Calibration(results[0], tuple(results[1:]) or None, (of_a[len(scores):], of_b[len(scores):]), shown.tokens,
-                       sum(shown.halves), f"{shown.digest:064x}")
+    results = _results(model, sites, [total, of_a, of_b] if min(shown.tokens) else [total])
+    return Calibration(results[0], tuple(results[1:]) or None, apart, sum(shown.tokens), shown.examples,
+                       f"{shown.digest:064x}")
 
 
 def _results(model: nn.Module, sites: Sites, groups: Sequence[Sequence[Score]]) -> list[Results]:
@@ -112,20 +114,20 @@ def _pass(model: nn.Module, sites: Sites, halves: tuple[list[Statistic], list[St
         for batch in tqdm(batched(batches), desc="measuring neurons", unit="batch", disable=hidden):
             inputs = as_inputs(batch, model, tokenizer)
             inputs = inputs if count_padding else padded_right(model, inputs)
-            in_b = shown.add(inputs, {} if count_padding else token_masks(model, inputs, select_on), model)
+            counted = {} if count_padding else token_masks(model, inputs, select_on)
+            in_b = shown.add(inputs, counted, model).to(model.device)
             inputs = on_device(inputs, model)
             masks = {} if count_padding else token_masks(model, inputs, select_on)
             real = {} if count_padding else token_masks(model, inputs)
-            observers = [_Observer(site, halves, needs, _mask_of(site, model, masks), _mask_of(site, model, real),
-                                   in_b.to(model.device), site.name == last) for site in sites.values()]
+            observers = [_Observer(site, halves, needs, _mask_of(site, model, masks), _mask_of(site, model, real), in_b,
+                                   site.name == last) for site in sites.values()]
             _show(model, sites, observers, inputs, "gradients" in needs)
-    if not sum(shown.halves):
-        raise InputError("the calibration data is empty: give at least one batch")
-    _complete(halves)
-    _add_up_over_ranks(halves, shown)
-    if not shown.tokens:
+    shown.add_up_over_ranks()
+    if not sum(shown.tokens):
         raise InputError(f"no token of the calibration data belongs to the {select_on}: select on \"all\", or label "
                          "the answers")
+    _complete(halves)
+    _add_up_over_ranks(halves)
 
 
 def _show(model: nn.Module, sites: Sites, observers: list[_Observer], inputs: dict[str, Tensor],
@@ -172,15 +174,15 @@ class _Observer:
 
     def gate(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         if "inputs" in self.needs:
-            self.partly["inputs"] = args[0].detach().flatten(0, -2)
+            self.partly["inputs"] = self._rows(args[0].detach())
         if "outputs" in self.needs:
-            rows = output.detach().flatten(0, -2)
+            rows = self._rows(output.detach())
             is_fused = rows.shape[1] != self.site.width
             self.partly["outputs"] = rows[:, self.site.gate.to(rows.device)] if is_fused else rows
 
     def down(self, module: nn.Module, args: tuple) -> tuple | None:
         x = args[0]
-        seen = {**self.partly, "hidden": x.detach().flatten(0, -2)}
+        seen = {**self.partly, "hidden": self._rows(x.detach())}
         self.partly.clear()
         if "gradients" not in self.needs:
             self._update(seen)
@@ -189,8 +191,12 @@ class _Observer:
             return None
         if not x.requires_grad:
             x = x.detach().requires_grad_()
-        x.register_hook(lambda gradient: self._update({**seen, "gradients": gradient.flatten(0, -2)}))
+        x.register_hook(lambda gradient: self._update({**seen, "gradients": self._rows(gradient)}))
         return (x, *args[1:])
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """Example by example: (B, T, ...) or (T, B, ...) -> (N, ...)"""
+        return (x.transpose(0, 1) if self.site.is_time_first and x.ndim == 3 else x).flatten(0, -2)
 
     def _update(self, seen: dict[str, Tensor]) -> None:
         rows = seen["hidden"]
@@ -295,18 +301,17 @@ def _added(a: Statistic, b: Statistic) -> Statistic:
                             for site, sums in a.sums.items()})
 
 
-def _add_up_over_ranks(halves: tuple[list[Statistic], list[Statistic]], shown: _Shown) -> None:
+def _add_up_over_ranks(halves: tuple[list[Statistic], list[Statistic]]) -> None:
     """Every rank sees its share of the data; the sums of all of them make the statistics."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    for statistic in (*halves[0], *halves[1]):
-        for site in sorted(statistic.sums):
-            for name in sorted(statistic.sums[site]):
-                torch.distributed.all_reduce(statistic.sums[site][name])
-    counts = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(counts, (shown.tokens, shown.halves, shown.digest))
-    shown.tokens, shown.digest = sum(c[0] for c in counts), sum(c[2] for c in counts) % 2**256
-    shown.halves = [sum(c[1][half] for c in counts) for half in (0, 1)]
+    if _is_distributed():
+        for statistic in (*halves[0], *halves[1]):
+            for site in sorted(statistic.sums):
+                for name in sorted(statistic.sums[site]):
+                    torch.distributed.all_reduce(statistic.sums[site][name])
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _mask_of(site: Site, model: nn.Module, masks: dict[str, Tensor]) -> Tensor | None:
@@ -322,23 +327,36 @@ class _Shown:
     """How much was shown, and a digest that does not depend on order or batching; taken before a batch moves to the
     model's device, so that nothing is copied back."""
 
-    tokens: int = 0  # that count
-    halves: list[int] = field(default_factory=lambda: [0, 0])  # examples
+    tokens: list[int] = field(default_factory=lambda: [0, 0])  # that count, of each half
+    examples: int = 0
     digest: int = 0
 
-    def add(self, inputs: dict[str, Tensor], masks: dict[str, Tensor], model: nn.Module) -> Tensor:
+    def add(self, inputs: dict[str, Tensor], counted: dict[str, Tensor], model: nn.Module) -> Tensor:
         """Count one batch; which of its examples belong to the second half: (B,). Their content decides that."""
         rows = inputs[model.main_input_name if model.main_input_name in inputs else "inputs_embeds"].cpu()
-        counts = masks["main"].view(len(rows), -1).cpu() if "main" in masks else None
-        real = token_masks(model, inputs).get("main") if counts is not None else None
-        is_real = None if real is None else real.view(len(rows), -1).bool().cpu()
+        real, counts = (masks["main"].view(len(rows), -1).cpu() if "main" in masks else None
+                        for masks in (token_masks(model, inputs), counted))
         in_b = torch.zeros(len(rows), dtype=torch.bool)
         for i, row in enumerate(rows):
-            row = row if is_real is None else row[is_real[i]]
-            self.tokens += int(counts[i].sum()) if counts is not None else len(row) if rows.ndim == 2 else 1
-            digest = int(hashlib.sha256(row.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest(), 16)
+            shown = row if real is None else row[real[i].bool()]
+            digest = int(hashlib.sha256(shown.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest(), 16)
             in_b[i] = digest & 1
+            self.tokens[digest & 1] += int(counts[i].sum()) if counts is not None else len(row) if rows.ndim == 2 else 1
             self.digest += digest
-            self.halves[digest & 1] += 1
+        self.examples += len(rows)
         self.digest %= 2**256
         return in_b
+
+    def add_up_over_ranks(self) -> None:
+        """What all ranks have shown. Raises InputError, on every rank, if one of them had no batch."""
+        mine = (self.tokens, self.examples, self.digest)
+        all_of_them = [mine]
+        if _is_distributed():
+            all_of_them = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(all_of_them, mine)
+        if not all(examples for _, examples, _ in all_of_them):
+            raise InputError("the calibration data is empty" + (" on one of the ranks" if len(all_of_them) > 1 else "")
+                             + ": give at least one batch")
+        self.tokens = [sum(tokens[half] for tokens, _, _ in all_of_them) for half in (0, 1)]
+        self.examples = sum(examples for _, examples, _ in all_of_them)
+        self.digest = sum(digest for _, _, digest in all_of_them) % 2**256

@@ -10,8 +10,11 @@ Shapes: F neurons, K kept, D model width. Everything here is float64.
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +23,7 @@ from stt.errors import InputError, unknown_name
 from stt.scores.base import Seen, Statistic
 
 COMPENSATIONS = ("none", "mean", "lstsq")
+ROUNDING = 1e-12  # a variance below this part of the mean square is none
 RIDGES = tuple(10.0**power for power in range(-7, 2))  # times the mean variance of the kept neurons
 
 
@@ -57,73 +61,85 @@ def moments_for(compensate: str) -> list[Moments]:
     return [] if compensate == "none" else [Moments(with_products=compensate == "lstsq")]
 
 
+def check_memory(compensate: str, widths: Sequence[int], device: torch.device) -> None:
+    """Raises InputError if the products of all sites, two F x F float64 matrices each, do not fit into what is free."""
+    needed = 0 if compensate != "lstsq" else sum(2 * 8 * width**2 for width in widths)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else \
+        os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > free:
+        raise InputError(f"compensate='lstsq' keeps {needed / 1e9:.0f} GB of products of neurons on {device.type}, and "
+                         f"{free / 1e9:.0f} GB are free: use 'mean' or 'none', or a device with more memory")
+
+
 def fold(weight: Tensor, bias: Tensor | None, kept: Tensor, halves: tuple[dict[str, Tensor], dict[str, Tensor]],
          compensate: str) -> Folded:
     """Compensate one site: `weight` (D, F) and `bias` (D,) of its dense down projection, sums of `Moments` by half.
 
     The ridge is the one of RIDGES with the smallest error on tokens it was not fitted on (each half in turn is held
-    out), or none of them if the mean alone is better there. Raises InputError if a half holds no token.
+    out), or none of them if the mean alone is better there or if a half holds no token.
     """
     weight = weight.double()
     bias = torch.zeros(len(weight), dtype=torch.float64, device=weight.device) if bias is None else bias.double()
     kept = kept.to(weight.device)
     removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device).index_fill(0, kept, False)
     removed = removed.nonzero().flatten()
-    problem = _Problem(weight[:, removed], kept, removed)
+    of_removed = weight[:, removed]  # (D, F - K)
     a, b = halves
     both = {name: a[name] + b[name] for name in a}
-    if compensate == "mean":
-        return Folded(weight[:, kept], bias + problem.weight @ _mean(both)[removed], None)
-    ridge = _best_ridge(problem, a, b)
     mean = _mean(both)
-    update = torch.zeros_like(weight[:, kept]) if ridge is None else problem.fitted(_covariance(both), ridge)
-    shift = problem.weight @ mean[removed] - update @ mean[kept]
-    return Folded(weight[:, kept] + update, bias + shift, ridge)
+    ridge, update = None, torch.zeros_like(weight[:, kept])
+    if compensate == "lstsq" and a["count"] and b["count"]:
+        ridge = _best_ridge(of_removed, kept, removed, a, b)
+    if ridge is not None:
+        update = _solved(_System.of(of_removed, kept, removed, _covariance(both)), ridge)
+    return Folded(weight[:, kept] + update, bias + of_removed @ mean[removed] - update @ mean[kept], ridge)
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """The regression of the removed contribution W_R h_R on the kept neurons."""
+class _System(NamedTuple):
+    """The normal equations of W_R h_R on h_S: C_SS (K, K), W_R C_RS (D, K), and tr(W_R C_RR W_R^T)."""
 
-    weight: Tensor  # (D, F - K)
-    kept: Tensor  # (K,)
-    removed: Tensor  # (F - K,)
+    within: Tensor
+    across: Tensor
+    total: Tensor
 
-    def fitted(self, covariance: Tensor, ridge: float) -> Tensor:
-        """D = W_R C_RS (C_SS + ridge I)^-1: (D, K)."""
-        within = covariance[self.kept][:, self.kept]
-        scale = within.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
-        regular = within + ridge * scale * torch.eye(len(within), dtype=torch.float64, device=within.device)
-        across = self.weight @ covariance[self.removed][:, self.kept]  # (D, K)
-        return torch.cholesky_solve(across.T, torch.linalg.cholesky(regular)).T
-
-    def error(self, update: Tensor, scatter: Tensor) -> float:
-        """Mean squared error of `update`: tr(V S V^T) with V = [W_R, -D] and the scatter S of h around the means the
-        update was fitted with."""
-        across = self.weight @ scatter[self.removed][:, self.kept]  # (D, K)
-        unexplained = ((self.weight @ scatter[self.removed][:, self.removed]) * self.weight).sum()
-        within = ((update @ scatter[self.kept][:, self.kept]) * update).sum()
-        return float(unexplained - 2 * (update * across).sum() + within)
+    @classmethod
+    def of(cls, of_removed: Tensor, kept: Tensor, removed: Tensor, covariance: Tensor) -> _System:
+        rows = of_removed @ covariance[removed]  # (D, F)
+        return cls(covariance[kept][:, kept], rows[:, kept], (rows[:, removed] * of_removed).sum())
 
 
-def _best_ridge(problem: _Problem, a: dict[str, Tensor], b: dict[str, Tensor]) -> float | None:
-    """The ridge with the smallest held-out error, summed over both ways; None if no update at all is better."""
-    if not (a["count"] and b["count"]):
-        raise InputError("compensate='lstsq' chooses its ridge on held-out examples, and there are not two different "
-                         "ones: give more calibration data")
-    errors: dict[float | None, float] = {}
+def _solved(system: _System, ridge: float) -> Tensor | None:
+    """D = W_R C_RS (C_SS + ridge I)^-1: (D, K); None if the kept neurons do not vary enough to solve it."""
+    scale = system.within.diagonal().mean()
+    identity = torch.eye(len(system.within), dtype=torch.float64, device=system.within.device)
+    factor, failed = torch.linalg.cholesky_ex(system.within + ridge * scale * identity)
+    return None if failed else torch.cholesky_solve(system.across.T, factor).T
+
+
+def _best_ridge(of_removed: Tensor, kept: Tensor, removed: Tensor, a: dict[str, Tensor],
+                b: dict[str, Tensor]) -> float | None:
+    """The ridge with the smallest held-out error, summed over both ways; None if no update at all is better, or if the
+    kept neurons are constant up to rounding.
+
+    The error of D is E|W_R h_R - D h_S|^2 on the other half, h around the mean of the half that D was fitted on.
+    """
+    errors: dict[float | None, float] = dict.fromkeys((None, *RIDGES), 0.0)
     for fit, held_out in ((a, b), (b, a)):
         offset = _mean(held_out) - _mean(fit)
-        scatter = _covariance(held_out) + torch.outer(offset, offset)
-        for ridge, update in _candidates(problem, _covariance(fit)):
-            errors[ridge] = errors.get(ridge, 0.0) + problem.error(update, scatter)
+        learnt = _System.of(of_removed, kept, removed, _covariance(fit))
+        if learnt.within.diagonal().mean() <= ROUNDING * _mean_square(fit)[kept].mean():
+            return None
+        tried = _System.of(of_removed, kept, removed, _covariance(held_out) + torch.outer(offset, offset))
+        errors[None] += float(tried.total)
+        for ridge in RIDGES:
+            update = _solved(learnt, ridge)
+            errors[ridge] += math.inf if update is None else float(
+                tried.total - 2 * (update * tried.across).sum() + ((update @ tried.within) * update).sum())
     return min(errors, key=errors.__getitem__)
 
 
-def _candidates(problem: _Problem, covariance: Tensor) -> Iterator[tuple[float | None, Tensor]]:
-    yield None, torch.zeros(len(problem.weight), len(problem.kept), dtype=torch.float64, device=covariance.device)
-    for ridge in RIDGES:
-        yield ridge, problem.fitted(covariance, ridge)
+def _mean_square(sums: dict[str, Tensor]) -> Tensor:
+    return sums["products"].diagonal() / sums["count"]
 
 
 def _mean(sums: dict[str, Tensor]) -> Tensor:

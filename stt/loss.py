@@ -43,9 +43,10 @@ def chunked_loss(model: nn.Module) -> nn.Module:
     those of the model's own loss. Where its logits are not scale, bias or soft cap of head(body) by plain modules (a
     head that carries a LoRA), its own logits at the labelled positions are used.
 
-    Lives in `model.forward`, so it works under any Trainer, DDP, autocast and gradient checkpointing; for a PEFT model,
-    in that of the decoder inside. `surgery.restore_forward` takes it away. Under torch.compile the loss is a graph
-    break. Raises InputError for anything but a decoder whose own loss is that cross-entropy.
+    Lives in `model.forward`, so it works under any trainer that takes the model's loss (one that reads the training
+    logits must do without), DDP, autocast and gradient checkpointing; for a PEFT model, in that of the decoder inside.
+    `surgery.restore_forward` takes it away. Under torch.compile the loss is a graph break. Raises InputError for
+    anything but a decoder whose own loss is that cross-entropy.
     """
     decoder = unwrap_peft_model(model)
     if _installed(decoder) is None:

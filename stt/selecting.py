@@ -1,6 +1,7 @@
 """sites -> scores -> budget -> Selection: the one place where a method's name becomes a choice of neurons."""
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from stt.calibrate import Calibration, calibrate
 from stt.errors import InputError
 from stt.selection import Selection
 from stt.sites import Sites, find_sites, projection_weight
+
+logger = logging.getLogger(__name__)
 
 STT = ("activation_mean", "activation_rate")
 
@@ -42,11 +45,12 @@ class Budget:
 
 @dataclass(frozen=True)
 class Measured:
-    """Scores by name and site, the same from each half of the examples (None if one is empty), and the model and data
-    they were measured on."""
+    """Scores by name and site, the same from each half of the examples (None if one is empty), what each of them needs,
+    and the model and data they were measured on."""
 
     model: nn.Module
     sites: Sites
+    needs: dict[str, tuple[str, ...]]
     scores: dict[str, dict[str, Tensor]]
     halves: tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]] | None
     calibration: Calibration
@@ -54,24 +58,27 @@ class Measured:
 
 
 def select(model: nn.Module, data: Iterable[Batch] = (), tokenizer: PreTrainedTokenizerBase | None = None, *,
-           score: str = "stt", keep: float | Mapping[str, Tensor] | None = None, topk_ratio: float = 0.3,
+           score: str = "stt", keep: float | Mapping[str, Tensor | int] | None = None, topk_ratio: float = 0.3,
            across_sites: bool = False, compensate: str = "none", select_on: str = "all", threshold: float = 0.01,
            seed: int = 42, count_padding: bool = False) -> Selection:
     """The neurons of `model` worth keeping, judged on `data` (an iterable of batches, or a list of strings).
 
     `score` is "stt" (the union of the best by mean activation and by activation rate) or the name of one score.
-    `keep` is the share of every site to keep, or a selection whose sizes to match; None keeps the best `topk_ratio` by
-    each score, as published. `across_sites` ranks all units of the model together, by one score whose values compare
-    between sites. `compensate` ("none", "mean", "lstsq") folds what the removed neurons contributed into the kept ones;
-    the new values travel with the selection. `select_on` counts "all" tokens, those of the "prompt" or of the "answer".
-    How far the two halves of the data agree, and how clear the cut is, stands in `meta["reliability"]`.
+    `keep` is the share of every site to keep, or a selection (or counts by site) whose sizes to match; None keeps the
+    best `topk_ratio` by each score, as published. `across_sites` ranks all units of the model together, by one score
+    whose values compare between sites. `compensate` ("none", "mean", "lstsq") folds what the removed neurons
+    contributed into the kept ones; the new values travel with the selection. `select_on` counts "all" tokens, those of
+    the "prompt" or of the "answer". How far the two halves of the data agree, and how clear the cut is, stands in
+    `meta["reliability"]`.
 
     Raises InputError for an unknown name, a ratio outside (0, 1], empty data, or a model without sites.
 
     >>> selection = stt.select(model, batches, tokenizer, score="contribution", keep=0.3)
     """
-    counts = {site: len(ids) for site, ids in keep.items()} if isinstance(keep, Mapping) else None
-    size = Budget(topk_ratio, None if counts else keep, counts, across_sites)
+    counts = None
+    if isinstance(keep, Mapping):
+        counts = {site: ids if isinstance(ids, int) else len(ids) for site, ids in keep.items()}
+    size = Budget(topk_ratio, keep if counts is None else None, counts, across_sites)
     measured = measure(model, data, tokenizer, [score], threshold=threshold, seed=seed, count_padding=count_padding,
                        select_on=select_on, compensate=compensate)
     return kept(measured, score, size)
@@ -88,11 +95,13 @@ def measure(model: nn.Module, data: Iterable[Batch], tokenizer: PreTrainedTokeni
     made = [scores.make(name, **given.get(name, {})) for name in names]
     moments = compensation.moments_for(compensate)
     sites = find_sites(model)
+    compensation.check_memory(compensate, [site.width for site in sites.values()], next(model.parameters()).device)
     calibration = calibrate(model, sites, made, data, tokenizer, count_padding, progress, select_on, moments)
     said = {"threshold": threshold, "seed": seed, "count_padding": count_padding, "select_on": select_on,
             "compensate": compensate, **(options or {})}
     halves = calibration.halves and tuple(dict(zip(names, half, strict=True)) for half in calibration.halves)
-    return Measured(model, sites, dict(zip(names, calibration.scores, strict=True)), halves, calibration, said)
+    needs = {name: score.needs for name, score in zip(names, made, strict=True)}
+    return Measured(model, sites, needs, dict(zip(names, calibration.scores, strict=True)), halves, calibration, said)
 
 
 def scores_of(method: str) -> tuple[str, ...]:
@@ -134,10 +143,13 @@ def _units(sites: Sites, by_name: Mapping[str, Mapping[str, Tensor]], method: st
 
 def _reliability(measured: Measured, method: str, size: Budget,
                  units: Mapping[str, Tensor]) -> dict[str, dict[str, float | None]]:
-    """Of every site: the Jaccard overlap of what each half of the examples would keep (None without two halves), and
-    the margin at the cut (budget.margin, the smaller one of two scores; None if nothing is cut)."""
-    halves = measured.halves and [Selection(_units(measured.sites, half, method, size)) for half in measured.halves]
-    jaccard = halves[0].jaccard(halves[1]) if halves else {}
+    """Of every site: the Jaccard overlap of what each half of the examples would keep (None without two halves, or if
+    the data does not decide), and the margin at the cut (budget.margin, the smaller one of two scores; None if nothing
+    is cut)."""
+    jaccard: dict[str, float] = {}
+    if measured.halves and any(measured.needs[name] != ("weights",) for name in scores_of(method)):
+        a, b = (Selection(_units(measured.sites, half, method, size)) for half in measured.halves)
+        jaccard = a.jaccard(b)
     margins = {site: min(budget.margin(measured.scores[name][site], ids) for name in scores_of(method))
                for site, ids in units.items()}
     return {site: {"jaccard": jaccard.get(site), "margin": margin if math.isfinite(margin) else None}
@@ -148,7 +160,8 @@ def _compensated(measured: Measured, units: Mapping[str, Tensor],
                  compensate: str) -> tuple[dict[str, Tensor], dict[str, float | None]]:
     """New values of the down projections by parameter name, and the ridge of every site."""
     values, ridges = {}, {}
-    for name, ids in units.items() if compensation.moments_for(compensate) else ():
+    removing = {name: ids for name, ids in units.items() if len(ids) < measured.sites[name].width}
+    for name, ids in removing.items() if compensation.moments_for(compensate) else ():
         down = measured.sites[name].down_module
         module = measured.model.get_submodule(down)
         halves = tuple(half[0].sums[name] for half in measured.calibration.apart)
@@ -156,6 +169,9 @@ def _compensated(measured: Measured, units: Mapping[str, Tensor],
         dtype = torch.promote_types(module.weight.dtype, torch.float32)
         values |= {f"{down}.weight": folded.weight.to("cpu", dtype), f"{down}.bias": folded.bias.to("cpu", dtype)}
         ridges[name] = folded.ridge
+    if compensate == "lstsq" and measured.calibration.halves is None:
+        logger.warning("no least squares: there are not two halves of the data to choose the ridge with, so only the "
+                       "mean is compensated; select on more examples (--active_sample_ratio)")
     return values, ridges
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from stt.errors import InputError
-from stt.trace import Source, bit_positions, trace
+from stt.trace import Source, bit_positions, dummy_inputs, trace
 
 # Shapes: F neurons (units) of a site, N rows (positions) of an activation.
 
@@ -41,6 +41,7 @@ class Site:
     width: int
     gate: Tensor  # (F,)
     calls: int = 1  # in one forward pass; more for a block that several layers share
+    is_time_first: bool = False  # it reads (T, B, ...) instead of (B, T, ...), as in XLNet
 
     @property
     def gate_module(self) -> str:
@@ -136,8 +137,9 @@ def describe(model: nn.Module) -> dict[str, object]:
 @torch.enable_grad()
 @torch.autocast("cpu", enabled=False)
 def _looked_at(model: nn.Module, example: Mapping[str, Tensor] | None) -> tuple[list[Site], list[LeftOut]]:
-    sources = trace(model, example)
-    candidates, refused = _candidates(model, sources)
+    inputs = dummy_inputs(model) if example is None else dict(example)
+    sources = trace(model, inputs, is_made_up=example is None)
+    candidates, refused = _candidates(model, sources, _batch_size(model, inputs))
     found, side_families = _main_families(model, candidates)
     return found, refused + side_families + _unseen(model, sources)
 
@@ -145,7 +147,11 @@ def _looked_at(model: nn.Module, example: Mapping[str, Tensor] | None) -> tuple[
 # ---------------------------------------------------------------- candidates: down projections and what feeds them
 
 
-def _candidates(model: nn.Module, sources: list[Source]) -> tuple[list[Site], list[LeftOut]]:
+def _batch_size(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
+    return len(inputs.get(model.main_input_name, next(v for v in inputs.values() if isinstance(v, Tensor))))
+
+
+def _candidates(model: nn.Module, sources: list[Source], examples: int) -> tuple[list[Site], list[LeftOut]]:
     """Every pair (feeding projections, down projection) that decodes, one entry for a block that is called often."""
     sites: dict[str, Site] = {}
     refused: dict[str, LeftOut] = {}
@@ -168,7 +174,9 @@ def _candidates(model: nn.Module, sources: list[Source]) -> tuple[list[Site], li
             refused[name] = LeftOut(name, f"reads the parameter {others[0]} between the projections", is_loss=True)
         else:
             site = _site(name, [s.parameter.removesuffix(".weight") for s in linear], *decoded)
-            sites[name] = replace(site, calls=sites[name].calls + 1 if name in sites else 1)
+            shape = down.input.shape
+            sites[name] = replace(site, calls=sites[name].calls + 1 if name in sites else 1,
+                                  is_time_first=len(shape) == 3 and shape[0] != examples == shape[1])
             explained |= {position, *bit_positions(down.reads)}
     used_elsewhere = {source.parameter.removesuffix(".weight") for position, source in enumerate(sources)
                       if source.is_linear and position not in explained}

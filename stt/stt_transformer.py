@@ -56,7 +56,7 @@ class STTTransformer:
         base = self.model.config.name_or_path or None
         self.model.config.stt = {"format_version": FORMAT_VERSION, "base": base, "sites": sizes}
         if self.selection.new_values:
-            self.model.config.stt["compensate"] = self.selection.meta["compensate"]
+            self.model.config.stt["compensate"] = self.selection.meta.get("compensate", "by other values")
         if self.verbose:
             stats = self.get_parameter_stats()
             logger.info("sliced %d sites: %.1f %% of their neurons kept, %.1f %% of the model's parameters removed",
@@ -107,12 +107,17 @@ def _fill(layer: STTLinear, part: str, value: torch.Tensor | None) -> None:
         setattr(layer, part, nn.Parameter(value.clone(), layer.weight.requires_grad))
 
 
-def _save_pretrained(model: PreTrainedModel, save_directory: str | Path, *args: object, **kwargs: object) -> object:
+def _save_pretrained(model: PreTrainedModel, save_directory: str | Path, is_main_process: bool = True,
+                     state_dict: Mapping[str, torch.Tensor] | None = None, push_to_hub: bool = False,
+                     **kwargs: object) -> object:
     """The class's save_pretrained without padding, and the selection beside it: `stt.load` reads what any Trainer
     saves."""
-    kwargs["state_dict"] = kwargs.get("state_dict") or narrow_state(model)
-    result = type(model).save_pretrained(model, save_directory, *args, **kwargs)
-    if kwargs.get("is_main_process", True):
+    if push_to_hub:
+        raise InputError("a sliced model is uploaded as a folder, with its selection: save it, then use "
+                         "huggingface_hub.upload_folder, or export it first (stt export)")
+    result = type(model).save_pretrained(model, save_directory, is_main_process, narrow_state(model, state_dict),
+                                         **kwargs)
+    if is_main_process:
         model.stt_selection.save(Path(save_directory) / SELECTION)
     return result
 

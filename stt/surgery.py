@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -117,9 +117,10 @@ def sliced_parameters(model: nn.Module) -> list[str]:
     return [f"{name}.{parameter}" for name, module in layers for parameter, _ in module.named_parameters(recurse=False)]
 
 
-def narrow_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a sliced model without the padding of its layers; the model is left as it is."""
-    state = model.state_dict()
+def narrow_state(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The state dict of a sliced model (or `state`, gathered elsewhere) without the padding of its layers; the model is
+    left as it was."""
+    state = dict(model.state_dict() if state is None else state)
     for name, layer in model.named_modules():
         if not isinstance(layer, STTLinear):
             continue

@@ -128,16 +128,15 @@ class WeightlessTrace(TorchFunctionMode):
         return self._stand_ins[id(value)]
 
 
-def trace(model: nn.Module, example: Mapping[str, Tensor] | None = None) -> list[Source]:
+def trace(model: nn.Module, inputs: Mapping[str, Tensor], is_made_up: bool) -> list[Source]:
     """One weightless forward pass, with gradients enabled by the caller; every Source knows what it reads and who reads
-    it. The model is left as it was. Raises InputError for a model that a made-up batch does not fit."""
-    inputs = dict(example) if example is not None else dummy_inputs(model)
+    it. The model is left as it was. Raises InputError for a model that made-up inputs do not fit."""
     buffers = [(module, dict(module.named_buffers(recurse=False))) for module in model.modules()]
     try:
         with evaluating(model), torch.random.fork_rng(devices=[]), WeightlessTrace(model) as recorder:
             outputs = model(**inputs)
     except (AttributeError, TypeError, ValueError) as error:
-        if example is not None or isinstance(error, InputError):
+        if not is_made_up or isinstance(error, InputError):
             raise
         raise InputError(f"a made-up batch of {', '.join(inputs)} does not fit {type(model).__name__} ({error}): "
                          "pass a batch of your data as find_sites(model, example=...)") from error

@@ -17,3 +17,9 @@ class MeanSize(Score):
 
     def result(self, site: str, weights: Weights) -> Tensor:
         return self.mean(site)
+
+
+class Plain(Score):
+    """Not a dataclass, so its `needs` are those of the base: none."""
+
+    needs = ("hidden",)

@@ -189,6 +189,9 @@ def test_select_like_another_selection() -> None:
     assert [len(ids) for ids in at_random.values()] == [len(ids) for ids in by_stt.values()]
     assert at_random != by_stt
     assert at_random == stt.select(model, score="random", keep=by_stt)
+    assert at_random == stt.select(model, score="random", keep={site: len(ids) for site, ids in by_stt.items()})
+    with pytest.raises(InputError, match="the budget misses 'model.layers.0.mlp'"):
+        stt.select(model, score="random", keep={})
     assert at_random != stt.select(model, score="random", keep=by_stt, seed=1)
     with pytest.raises(InputError, match="unknown score 'magnitud'. Did you mean 'magnitude'"):
         stt.select(model, score="magnitud")

@@ -337,3 +337,28 @@ def test_the_head_is_not_computed_unless_gradients_need_it() -> None:
     assert cached == [False]
     measured(model, [IDS], ["taylor"])
     assert calls == [1]
+
+
+def test_a_single_text_and_labels_in_a_tuple() -> None:
+    """A row with one `text` is one example; the third tensor of a tuple, shaped as the tokens, is their labels."""
+    model, batch = tiny.build("llama")
+    texts = ["w5 w6 w7", "w8 w9"]
+    rows = calibrate(model, find_sites(model), [scores.make("gate_product")], [{"text": text} for text in texts],
+                     tiny.tokenizer(), progress=False)
+    assert (rows.examples, rows.tokens) == (2, 5)
+    labels = batch["input_ids"].masked_fill(torch.arange(7) < 4, -100)
+    mask = torch.ones_like(labels)
+    named = measured(model, [{"input_ids": batch["input_ids"], "attention_mask": mask, "labels": labels}], ["taylor"])
+    given = measured(model, [(batch["input_ids"], mask, labels)], ["taylor"])
+    types = measured(model, [(batch["input_ids"], mask, mask)], ["taylor"])
+    plain = measured(model, [(batch["input_ids"], mask)], ["taylor"])
+    assert_same(given, named)
+    assert_same(types, plain)
+    assert not torch.allclose(*(one.scores[0]["model.layers.0.mlp"] for one in (given, plain)))
+
+
+@pytest.mark.parametrize("ids", [torch.arange(3, 9), torch.zeros(0, 4).long(), torch.zeros(2, 0).long()])
+def test_token_ids_that_are_no_batch(ids: Tensor) -> None:
+    model, _ = tiny.build("llama")
+    with pytest.raises(InputError, match=r"`input_ids` of a calibration batch must be \(examples, tokens\)"):
+        measured(model, [{"input_ids": ids}], ["gate_product"])

@@ -50,6 +50,8 @@ def test_every_cell_once_and_resumed(ran, monkeypatch, tmp_path):
     assert sorted(again, key=compare.key_of) == sorted(rows, key=compare.key_of)
     monkeypatch.setattr(compare, "one", lambda *_: pytest.fail("a cell was run again"))
     assert compare.main([*FLAGS, "--out", str(tmp_path)]) == 0
+    assert compare.read(path, (0, 3)) == again
+    assert compare.read(path, (0, 2, 3)) == []  # nothing was measured after two steps
 
 
 def test_the_table_by_hand(tmp_path):
@@ -61,13 +63,13 @@ def test_the_table_by_hand(tmp_path):
             row(0, "random", 0.5, "mean")]
     lines = compare.table_of(rows, (0.3,), (5,), "accuracy")
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert cells[0] == ["score", "compensate", "30% kept: accuracy, 5 steps", "30% kept: minus random",
+    assert cells[0] == ["score", "compensate", "30% kept: accuracy %, 5 steps", "30% kept: minus random",
                         "30% kept: general perplexity, cut → trained"]
-    assert cells[2] == ["random", "none", "0.15 ± 0.07", "–", "1.5 → 100"]
-    assert cells[3] == ["random", "mean", "0.50", "–", "5 → 100"]
-    gaps = [0.3, 0.4]
+    assert cells[2] == ["random", "none", "15.0 ± 7.1", "–", "1.5 → 100"]
+    assert cells[3] == ["random", "mean", "50.0", "–", "5 → 100"]
+    gaps = [30, 40]
     half = T[0] * statistics.stdev(gaps) / 2**0.5
-    assert cells[4] == ["wanda", "none", "0.50 ± 0.14", f"+0.350 [{0.35 - half:+.3f}, {0.35 + half:+.3f}]", "5 → 100"]
+    assert cells[4] == ["wanda", "none", "50.0 ± 14.1", f"+35.00 [{35 - half:+.2f}, {35 + half:+.2f}]", "5 → 100"]
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- scores: x-5 -->\nold\n<!-- end of scores: x-5 -->\nb\n")
     compare.write_between_marks(page, "x-5", "\n".join(lines))

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -186,6 +187,45 @@ def test_padding_and_batching_do_not_count() -> None:
         torch.testing.assert_close(actual.new_values[name], value, rtol=0, atol=1e-8)
 
 
+def test_without_two_halves_the_mean_is_compensated(caplog: pytest.LogCaptureFixture) -> None:
+    model, batch = tiny.build("llama")
+    one = [{"input_ids": batch["input_ids"][:1]}]
+    by_mean, by_least_squares = (stt.select(model, one, keep=0.5, compensate=how) for how in ("mean", "lstsq"))
+    assert "only the mean is compensated; select on more examples" in caplog.text
+    assert set(by_least_squares.meta["ridge"].values()) == {None}
+    for name, value in by_mean.new_values.items():
+        torch.testing.assert_close(by_least_squares.new_values[name], value)
+
+
+def test_constant_neurons_predict_nothing() -> None:
+    """Their covariance is rounding noise: no ridge makes a use of it."""
+    weight, bias, kept, a, b = problem()
+    for rows in (a, b):
+        rows[:, kept] = torch.arange(1.0, KEPT + 1).double() / 3
+    sums = moments(a), moments(b)
+    folded, by_mean = (fold(weight, bias, torch.tensor(kept), sums, how) for how in ("lstsq", "mean"))
+    assert folded.ridge is None
+    assert torch.equal(folded.weight, weight[:, kept])
+    torch.testing.assert_close(folded.bias, by_mean.bias)
+
+
+def test_one_dead_neuron_among_the_kept_is_no_harm() -> None:
+    weight, bias, kept, a, b = problem()
+    for rows in (a, b):
+        rows[:, kept[0]] = 0.0
+    folded = fold(weight, bias, torch.tensor(kept), (moments(a), moments(b)), "lstsq")
+    update, shift = by_augmented_rows(torch.cat([a, b]), weight, kept, folded.ridge)
+    torch.testing.assert_close(folded.weight, weight[:, kept] + update, rtol=0, atol=1e-7)
+
+
+def test_a_site_that_loses_nothing_gets_no_new_values() -> None:
+    model, batch = tiny.build("llama")
+    whole = stt.select(model, batches_for(model, batch), keep=1.0, compensate="lstsq")
+    assert not whole.new_values
+    stt.apply(model, whole)
+    assert "compensate" not in model.config.stt
+
+
 # ---------------------------------------------------------------- on disk
 
 
@@ -227,8 +267,12 @@ def test_save_pretrained_leaves_the_padding_out(tmp_path: Path) -> None:
     expected = tiny.outputs(model, batch)
     stt.surgery.pad_sites(model, 32)
     model.save_pretrained(tmp_path / "model")
-    for actual, value in zip(tiny.outputs(stt.load(tmp_path / "model"), batch), expected, strict=True):
-        assert torch.equal(actual, value)
+    model.save_pretrained(tmp_path / "gathered", True, model.state_dict())
+    for folder in ("model", "gathered"):
+        for actual, value in zip(tiny.outputs(stt.load(tmp_path / folder), batch), expected, strict=True):
+            assert torch.equal(actual, value)
+    with pytest.raises(InputError, match="a sliced model is uploaded as a folder, with its selection"):
+        model.save_pretrained(tmp_path / "model", push_to_hub=True)
 
 
 def test_removed_units_cannot_be_put_back_beside_compensated_ones(tmp_path: Path) -> None:
@@ -262,17 +306,19 @@ def test_export_keeps_a_bias_where_there_is_a_place_for_it(tmp_path: Path) -> No
 # ---------------------------------------------------------------- what is refused
 
 
-def test_bad_input_is_one_sentence() -> None:
+def test_bad_input_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = tiny.build("llama")
     with pytest.raises(InputError, match="unknown compensation 'ols'.*Choose one of: lstsq, mean, none"):
         stt.select(model, [batch], compensate="ols")
-    one = {"input_ids": batch["input_ids"][:1]}
-    with pytest.raises(InputError, match="held-out examples, and there are not two different ones: give more"):
-        stt.select(model, [one, one], compensate="lstsq")
+    monkeypatch.setattr(os, "sysconf", lambda name: 1000 if name == "SC_PAGE_SIZE" else 2 * 44**2 * 8 * 2 // 1000)
+    with pytest.raises(InputError, match="compensate='lstsq' keeps 0 GB of products of neurons on cpu, and 0 GB are"):
+        stt.select(model, [batch], compensate="lstsq")
+    monkeypatch.undo()
     selection = stt.select(model, [batch], compensate="mean")
     down = "model.layers.0.mlp.down_proj.weight"
     wrong = Selection(dict(selection), selection.meta, selection.new_values | {down: torch.zeros(3, 3)})
     with pytest.raises(InputError, match=r"holds a weight of \(3, 3\) where the sliced layer has"):
         stt.apply(model, wrong)
-    assert isinstance(model.model.layers[0].mlp.down_proj, nn.Linear)
+    bare = Selection(dict(selection), {"widths": selection.widths}, selection.new_values)
     assert type(model.model.layers[0].mlp.down_proj) is nn.Linear
+    assert stt.apply(model, bare).config.stt["compensate"] == "by other values"

@@ -87,6 +87,37 @@ def test_without_two_halves_or_a_cut_there_is_nothing_to_say(tmp_path: Path) -> 
     json.dumps(of_all.meta, allow_nan=False)
 
 
+def test_a_half_without_a_token_that_counts_is_no_half() -> None:
+    """All answers lie in examples of one half: the selection is made, and nothing is said of its halves."""
+    model, _ = tiny.build("llama")
+    batch = text_batch()
+    one = halves_of(batch["input_ids"])[0]
+    batch["labels"] = torch.full_like(batch["input_ids"], -100)
+    batch["labels"][one, 3:] = batch["input_ids"][one, 3:]
+    for score in ("stt", "wanda"):
+        selection = stt.select(model, [batch], score=score, keep=0.5, select_on="answer")
+        assert {entry["jaccard"] for entry in selection.meta["reliability"].values()} == {None}
+        alone = {name: value[one] for name, value in batch.items()}
+        assert selection == stt.select(model, [alone], score=score, keep=0.5, select_on="answer")
+
+
+def test_what_the_data_does_not_decide_has_no_halves() -> None:
+    model, _ = tiny.build("llama")
+    measured = measure(model, [text_batch()], None, ["stt", "random"], progress=False)
+    assert {entry["jaccard"] for entry in kept(measured, "random", Budget(0.3)).meta["reliability"].values()} == {None}
+    assert None not in {entry["jaccard"] for entry in kept(measured, "stt", Budget(0.3)).meta["reliability"].values()}
+
+
+def test_the_digest_is_of_the_texts_however_padding_counts() -> None:
+    model, _ = tiny.build("llama")
+    ids = text_batch(2)["input_ids"]
+    padded = {"input_ids": torch.cat([ids, ids[:, :2] * 0], 1),
+              "attention_mask": torch.cat([torch.ones_like(ids), ids[:, :2] * 0], 1)}
+    digests = {stt.select(model, [batch], count_padding=counts).meta["calibration"]["digest"]
+               for batch in ({"input_ids": ids}, padded) for counts in (False, True)}
+    assert len(digests) == 1
+
+
 def test_margin_by_hand() -> None:
     score = torch.tensor([5.0, 1.0, 4.0, 2.0, 3.5], dtype=torch.float64)
     spread = float(score.std())
@@ -185,3 +216,29 @@ def test_the_composition_is_of_stt_alone() -> None:
     assert not by_stt.new_values
     assert other.new_values
     assert all(sum(parts.values()) == len(by_stt[site]) for site, parts in composition(measured, by_stt).items())
+
+
+# ---------------------------------------------------------------- models that run over time first
+
+
+@pytest.mark.parametrize("kind", ["XLNetModel"])
+def test_time_first_models_are_measured_example_by_example(kind: str) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.XLNetConfig(vocab_size=97, d_model=32, n_layer=2, n_head=4, d_inner=44)
+    model = tiny.randomised(getattr(transformers, kind)(config)).double().eval()
+    lengths = (6, 3, 5, 2)
+    ids = text_batch(4)["input_ids"]
+    mask = torch.stack([(torch.arange(6) < length).long() for length in lengths])
+    sites = find_sites(model)
+    assert all(site.is_time_first for site in sites.values())
+    together = calibrate(model, sites, [scores.make("contribution")], [{"input_ids": ids, "attention_mask": mask}],
+                         progress=False)
+    alone = calibrate(model, sites, [scores.make("contribution")],
+                      [{"input_ids": row[None, :length]} for row, length in zip(ids, lengths, strict=True)],
+                      progress=False)
+    for site in sites:
+        torch.testing.assert_close(together.scores[0][site], alone.scores[0][site], rtol=1e-6, atol=1e-8)
+        for a, b in zip(together.halves or (), alone.halves or (), strict=True):
+            torch.testing.assert_close(a[0][site], b[0][site], rtol=1e-6, atol=1e-8)

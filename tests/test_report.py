@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import math
 import re
@@ -14,6 +15,7 @@ import matplotlib.figure
 import pytest
 
 from stt import plots, words
+from stt.arguments import LLMArgs, resolved
 from stt.errors import InputError
 from stt.report import compare, load_run, summary_lines, write_report
 from stt.runs import read_json
@@ -279,9 +281,15 @@ def test_what_cannot_be_compared_gets_its_own_table(tmp_path, change):
     assert compare([first, second]).count("### ") == 2
 
 
+def as_resolved(mode, seed):
+    """The arguments that the recipe writes down, but for the run's folder."""
+    given = dataclasses.asdict(resolved(LLMArgs(mode=mode, seed=seed)))
+    return {name: value for name, value in given.items() if name != "run_name"}
+
+
 def test_stt_minus_random_is_paired_by_seed(tmp_path):
     ours, theirs = {0: 200, 1: 215, 2: 221}, {1: 190, 2: 212, 3: 100}
-    runs = [fake_run.write(tmp_path / f"{mode}{seed}", mode=mode, seed=seed, correct=count)
+    runs = [fake_run.write(tmp_path / f"{mode}{seed}", as_resolved(mode, seed), mode=mode, seed=seed, correct=count)
             for mode, counts in (("stt", ours), ("random", theirs)) for seed, count in counts.items()]
     gaps = [(215 - 190) / 300, (221 - 212) / 300]
     half = 12.706 * statistics.stdev(gaps) / math.sqrt(2)

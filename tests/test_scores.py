@@ -344,7 +344,10 @@ def test_scores_of_installed_packages_are_found(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(("name", "said"), [
     ("nowhere:Score", "cannot load the score 'nowhere:Score' (No module named 'nowhere'): give package.module:Class"),
     ("outside_score:Absent", "cannot load the score 'outside_score:Absent' (module 'outside_score' has no attribute"),
-    ("math:sqrt", "'math:sqrt' is no score"), ("collections:OrderedDict", "is no score: it must be a subclass of"),
+    ("outside_score:Plain", "must be a @dataclass, a subclass of"),
+    ("..x:S", "cannot load the score '..x:S'"),
+    ("math:sqrt", "'math:sqrt' is no score"),
+    ("collections:OrderedDict", "is no score: it must be a @dataclass, a subclass of"),
     ("stt.scores.base:Score", "is no score")])
 def test_what_is_no_score_is_refused(name: str, said: str) -> None:
     with pytest.raises(InputError, match=re.escape(said)):

@@ -33,6 +33,7 @@ BAD = {
     "unknown compensation": (["--compensate", "lsq"], "compensate"),
     "nothing to compensate": (["--compensate", "mean", "--mode", "baseline"], "removes none"),
     "restored and compensated": (["--preset", "best", "--eval_restored"], "--compensate none"),
+    "a part for nothing": (["--select_on", "answer", "--mode", "baseline"], "selects nothing"),
     "padding of the answer": (["--select_on", "answer", "--count_padding"], "give one of them"),
     "too short": (["--max_length", "3"], "max_length"),
 }

@@ -37,11 +37,11 @@ def make(name: str, **options: object) -> Score:
 def _outside(point: EntryPoint, name: str, options: dict[str, object]) -> Score:
     try:
         kind = point.load()
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SyntaxError, TypeError, ValueError) as error:
         raise InputError(f"cannot load the score {name!r} ({error}): give package.module:Class, importable from here "
                          "(PYTHONPATH)") from error
     score = kind(**options) if isinstance(kind, type) and issubclass(kind, Score) else None
     if score is None or not score.needs or set(score.needs) - NEEDS:
-        raise InputError(f"{name!r} is no score: it must be a subclass of stt.scores.base.Score whose `needs` are "
-                         f"among {', '.join(sorted(NEEDS))}")
+        raise InputError(f"{name!r} is no score: it must be a @dataclass, a subclass of stt.scores.base.Score, with "
+                         f"`needs` among {', '.join(sorted(NEEDS))}")
     return score
