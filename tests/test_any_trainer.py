@@ -3,11 +3,15 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
 import pytest
+import tiny
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from tiny_text import build_decoder
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -194,3 +198,25 @@ def test_peft_before_and_after(name, tmp_path):
         trainer(model, tmp_path / name, max_steps=2).train()
     for one, other in zip(before.parameters(), after.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Accelerator]:
+    """In bf16; accelerate's one state of the process, which other tests share, is new before and after."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(mixed_precision="bf16", cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_accelerate_wraps_and_unwraps_the_forward(accelerator: Accelerator) -> None:
+    """Under bf16 autocast accelerate replaces model.forward, and puts a method in its place when it unwraps."""
+    model, batch = tiny.build("llama")
+    batch = {**batch, "labels": batch["input_ids"]}
+    expected = model(**batch).loss
+    wrapped = accelerator.prepare_model(stt.chunked_loss(model).train())
+    torch.testing.assert_close(wrapped(**batch).loss, expected, rtol=0.02, atol=0.02)
+    assert stt.chunked_loss(wrapped) is wrapped
+    bare = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    torch.testing.assert_close(bare(**batch).loss, expected)
+    assert bare(**batch).logits is None
+    assert bare.eval()(**batch).logits is not None

@@ -12,7 +12,6 @@ from functools import partial
 import pytest
 import tiny
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -397,18 +396,3 @@ def test_answer_nll(name, monkeypatch):
         assert total == pytest.approx(math.fsum(expected), abs=1e-9)
     assert [module.training for module in model.modules()] == modes
     assert answer_nll(model, inputs, torch.full_like(batch["labels"], -100)) == (0.0, 0)
-
-
-def test_accelerate_wraps_and_unwraps_the_forward() -> None:
-    """Under bf16 autocast accelerate replaces model.forward, and puts a method in its place when it unwraps."""
-    model, batch = tiny.build("llama")
-    batch = {**batch, "labels": batch["input_ids"]}
-    expected = model(**batch).loss
-    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
-    wrapped = accelerator.prepare_model(stt.chunked_loss(model).train())
-    torch.testing.assert_close(wrapped(**batch).loss, expected, rtol=0.02, atol=0.02)
-    assert stt.chunked_loss(wrapped) is wrapped
-    bare = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-    torch.testing.assert_close(bare(**batch).loss, expected)
-    assert bare(**batch).logits is None
-    assert bare.eval()(**batch).logits is not None

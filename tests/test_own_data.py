@@ -386,18 +386,3 @@ def test_whole_real_files_are_read(data_dir) -> None:
     assert all(isinstance(item, Conversation) for item in chats.train)
     with pytest.raises(InputError, match="^line 1 of .*seed_tasks.jsonl has the fields id, name, instruction, "):
         read_own(str(data_dir / "instruct" / "seed_tasks.jsonl"), None, None)
-
-
-def test_the_shipped_model_knows_the_ends_of_a_template(tmp_path) -> None:
-    """Plain `generate` of the saved model stops where our evaluation does."""
-    import train_llm
-    from stt.evaluate.llm import Judge
-
-    tokenizer = build_tokenizer()
-    examples = [Example("the sea is", "x", "x", ())]
-    for stop_ids in ((), (7, 9)):
-        task = Task("own", examples, examples, examples, extract, 8, stop_ids=stop_ids)
-        judge = Judge("", task, tokenizer, "", 1, 32, False, None)
-        train_llm.ship(build_decoder(len(tokenizer)), judge, tmp_path / str(len(stop_ids)), is_sliced=False)
-        saved = AutoModelForCausalLM.from_pretrained(tmp_path / str(len(stop_ids))).generation_config.eos_token_id
-        assert saved == ([tokenizer.eos_token_id, 7, 9] if stop_ids else None)

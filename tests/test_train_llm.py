@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_runs import SHIPPED, results, run
+from tiny_text import build_decoder, build_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stt import modes, verbs
@@ -270,3 +271,20 @@ def test_nan_exits_with_3_and_keeps_the_last_good_checkpoint(small, tmp_path, mo
     assert "step 9" in capsys.readouterr().err
     assert load(tmp_path / "run" / "checkpoint-6").stt_selection  # the last good one, usable as it is
     assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_the_shipped_model_knows_the_ends_of_a_template(tmp_path) -> None:
+    """Plain `generate` of the saved model stops where our evaluation does."""
+    import train_llm
+    from stt.dataset import Example, Task
+    from stt.dataset.own import extract
+    from stt.evaluate.llm import Judge
+
+    tokenizer = build_tokenizer()
+    examples = [Example("the sea is", "x", "x", ())]
+    for stop_ids in ((), (7, 9)):
+        task = Task("own", examples, examples, examples, extract, 8, stop_ids=stop_ids)
+        judge = Judge("", task, tokenizer, "", 1, 32, False, None)
+        train_llm.ship(build_decoder(len(tokenizer)), judge, tmp_path / str(len(stop_ids)), is_sliced=False)
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / str(len(stop_ids))).generation_config.eos_token_id
+        assert saved == ([tokenizer.eos_token_id, 7, 9] if stop_ids else None)
