@@ -98,13 +98,17 @@ def decoder(size: Size, setting: Setting) -> Outcome:
                    {size.name: size.described()})
 
 
+def _of_steps(key: str, size: Size, step: Seconds) -> Outcome:
+    """Our training step beside the narrow model's, without a table."""
+    return Outcome({key + size.suffix: ratio(step["ours"], step["narrow"])}, [], {size.name: size.described()})
+
+
 def answer_only(size: Size, setting: Setting) -> Outcome:
     """Training on the answer only, with a large vocabulary; fewer layers if the memory asks for it."""
     plan = setting.plan
     size = memory.layers_that_fit(size, memory.free_bytes(setting.device))
     built, step = training(size, "answer", setting)
-    outcome = Outcome({f"answer_only_step_vs_narrow{size.suffix}": ratio(step["ours"], step["narrow"])}, [],
-                      {size.name: size.described()})
+    outcome = _of_steps("answer_only_step_vs_narrow", size, step)
     if not plan.is_quick:
         batch = models.batch(size, setting.device)
         columns = training_columns(built, step, memory_columns(built, batch))
@@ -116,8 +120,7 @@ def encoder(size: Size, setting: Setting) -> Outcome:
     """Training and forward of an encoder with a classifier."""
     plan = setting.plan
     built, step = training(size, "encoder", setting)
-    outcome = Outcome({f"encoder_step_vs_narrow{size.suffix}": ratio(step["ours"], step["narrow"])}, [],
-                      {size.name: size.described()})
+    outcome = _of_steps("encoder_step_vs_narrow", size, step)
     if not plan.is_quick:
         batch = models.batch(size, setting.device)
         columns = training_columns(built, step, memory_columns(built, batch))
