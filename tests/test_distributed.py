@@ -2,38 +2,68 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tiny_text import build_decoder
 from torch import Tensor, multiprocessing
 
-from stt.selecting import Budget, kept, measure
+from stt.errors import InputError
+from stt.selecting import Budget, Measured, kept, measure
 
 
-def measured(batches: list[torch.Tensor]):
+def measured(batches: list[torch.Tensor]) -> Measured:
     return measure(build_decoder(vocabulary=60), batches, None, ["stt", "wanda"], progress=False)
 
 
-def worker(rank: int, folder: str, batches: list[torch.Tensor]) -> None:
+def in_two_processes(work: Callable[..., object], folder: Path, *args: object) -> tuple[object, object]:
+    """What `work(rank, *args)` gives in each of two processes."""
+    multiprocessing.spawn(worker, (work, str(folder), args), nprocs=2)
+    return tuple(torch.load(folder / f"{rank}.pt") for rank in (0, 1))
+
+
+def worker(rank: int, work: Callable[..., object], folder: str, args: tuple) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    found = measured(batches[rank::2])
-    torch.save({"scores": found.scores, "selection": dict(kept(found, "stt", Budget(0.3)))}, f"{folder}/{rank}.pt")
+    torch.save(work(rank, *args), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+def told(found: Measured) -> dict[str, object]:
+    """All that was measured, and what it was measured on."""
+    shown = found.calibration
+    return {"scores": found.scores, "halves": found.halves, "selection": dict(kept(found, "stt", Budget(0.3))),
+            "shown": (shown.tokens, shown.examples, shown.digest)}
+
+
+def of_half_the_batches(rank: int, batches: list[torch.Tensor]) -> dict[str, object]:
+    return told(measured(batches[rank::2]))
 
 
 def test_statistics_add_up_over_ranks(tmp_path: Path):
     batches = list(torch.randint(3, 60, (5, 2, 9), generator=torch.Generator().manual_seed(0)))
-    whole = measured(batches)
-    multiprocessing.spawn(worker, (str(tmp_path), batches), nprocs=2)
-    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    for name, sites in whole.scores.items():
-        for site, score in sites.items():
-            assert torch.equal(one["scores"][name][site], other["scores"][name][site])
-            torch.testing.assert_close(one["scores"][name][site], score, rtol=1e-6, atol=1e-6)
-    expected = kept(whole, "stt", Budget(0.3))
-    assert all(torch.equal(one["selection"][site], ids) for site, ids in expected.items())
+    whole = told(measured(batches))
+    for found in in_two_processes(of_half_the_batches, tmp_path, batches):
+        torch.testing.assert_close(found["scores"], whole["scores"], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found["halves"], whole["halves"], rtol=1e-6, atol=1e-6)
+        assert found["shown"] == whole["shown"]
+        assert all(torch.equal(found["selection"][site], ids) for site, ids in whole["selection"].items())
+
+
+def of_all_or_nothing(rank: int, batches: list[torch.Tensor]) -> str:
+    """The first process has all the data, the second none."""
+    try:
+        measured(batches if rank == 0 else [])
+    except InputError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_a_rank_without_data_is_an_error_on_every_rank(tmp_path: Path):
+    for said in in_two_processes(of_all_or_nothing, tmp_path, [torch.randint(3, 60, (2, 9))]):
+        assert said == "the calibration data is empty on one of the ranks: give at least one batch"
 
 
 def rows() -> list[dict[str, list[int]]]:
@@ -59,12 +89,8 @@ def trained(folder: Path, batch: int, accumulated: int) -> list[Tensor]:
     return [parameter.detach() for parameter in model.parameters()]
 
 
-def training_worker(rank: int, folder: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    torch.save(trained(Path(folder), 2, 2), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+def trained_on_half(rank: int, folder: str) -> list[Tensor]:
+    return trained(Path(folder), 2, 2)
 
 
 def test_training_is_that_of_one_process(tmp_path: Path):
@@ -72,7 +98,6 @@ def test_training_is_that_of_one_process(tmp_path: Path):
     before = [parameter.detach() for parameter in build_decoder(vocabulary=60).parameters()]
     whole = trained(tmp_path, 8, 1)
     assert max((one - other).abs().max() for one, other in zip(before, whole, strict=True)) > 1e-3
-    multiprocessing.spawn(training_worker, (str(tmp_path),), nprocs=2)
-    for rank in (0, 1):
-        for parameter, expected in zip(torch.load(tmp_path / f"{rank}.pt"), whole, strict=True):
+    for found in in_two_processes(trained_on_half, tmp_path, str(tmp_path)):
+        for parameter, expected in zip(found, whole, strict=True):
             torch.testing.assert_close(parameter, expected, rtol=0, atol=1e-6)

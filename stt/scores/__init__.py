@@ -37,7 +37,8 @@ def make(name: str, **options: object) -> Score:
 def _outside(point: EntryPoint, name: str, options: dict[str, object]) -> Score:
     try:
         kind = point.load()
-    except (ImportError, AttributeError, SyntaxError, TypeError, ValueError) as error:
+    except (ImportError, NameError, AttributeError, SyntaxError, TypeError, ValueError, LookupError, OSError,
+            RuntimeError) as error:  # whatever its module does when it is imported
         raise InputError(f"cannot load the score {name!r} ({error}): give package.module:Class, importable from here "
                          "(PYTHONPATH)") from error
     score = kind(**options) if isinstance(kind, type) and issubclass(kind, Score) else None
