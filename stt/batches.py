@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +114,21 @@ def padded_right(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tenso
     other_side = {"labels"} if model.config.is_encoder_decoder else set()
     return {name: value.gather(1, order) if isinstance(value, Tensor) and value.shape == mask.shape
             and not name.startswith("decoder_") and name not in other_side else value for name, value in inputs.items()}
+
+
+def alone(model: nn.Module, inputs: dict[str, Tensor]) -> Iterator[tuple[dict[str, Tensor], slice]]:
+    """Every example of a batch that is padded on the right by itself and without padding, and its place in the batch: a
+    router sends the positions of a batch to experts, which then see them without a mask."""
+    mask = inputs.get("attention_mask")
+    count = len(inputs[model.main_input_name if model.main_input_name in inputs else "inputs_embeds"])
+    for i in range(count):
+        rows = {name: value[i:i + 1] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
+                for name, value in inputs.items()}
+        if mask is not None and mask.ndim == 2:
+            length = max(int((mask[i] != 0).sum()), 1)
+            rows = {name: value[:, :length] if isinstance(value, Tensor) and value.shape == mask[i:i + 1].shape
+                    and not name.startswith("decoder_") else value for name, value in rows.items()}
+        yield rows, slice(i, i + 1)
 
 
 def token_masks(model: nn.Module, inputs: dict[str, Tensor], select_on: str = "all") -> dict[str, Tensor]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,13 +20,16 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.loss.loss_utils import LOSS_MAPPING
 
-from stt.batches import Batch, as_inputs, batched, on_device, padded_right, token_masks
+from stt.batches import Batch, alone, as_inputs, batched, on_device, padded_right, token_masks
 from stt.errors import InputError, unknown_name
 from stt.mlps.stt_linear import STTLinear
+from stt.observe import Done, Observer, observing
+from stt.scores import magnitude
 from stt.scores.base import Score, Seen, Statistic, Weights, wide
-from stt.sites import Site, Sites, projection_weight
-from stt.trace import evaluating
+from stt.sites import Site, Sites, channels_first
+from stt.trace import eager_experts, evaluating
 
+MIN_TOKENS = 32  # that an expert must see to be judged by them
 PARTS = ("all", "prompt", "answer")  # of every example, for `select_on`
 Results = list[dict[str, Tensor]]  # by score: site -> (F,) float64 on the CPU
 
@@ -36,7 +39,7 @@ class Calibration:
     """Scores, the same from each half of the examples alone (None if one has no token that counts), and what they were
     measured on.
 
-    `apart` are the statistics asked for by `also`, of each half.
+    `apart` are the statistics asked for by `also`, of each half. `routed` counts the tokens that reached each expert.
     """
 
     scores: Results
@@ -45,51 +48,75 @@ class Calibration:
     tokens: int
     examples: int
     digest: str  # sha256 of the rows shown, in any order
+    routed: dict[str, int]
 
 
 def calibrate(model: nn.Module, sites: Sites, scores: Sequence[Score], batches: Iterable[Batch] = (),
               tokenizer: PreTrainedTokenizerBase | None = None, count_padding: bool = False, progress: bool = True,
-              select_on: str = "all", also: Sequence[Statistic] = ()) -> Calibration:
+              select_on: str = "all", also: Sequence[Statistic] = (), min_tokens: int = MIN_TOKENS) -> Calibration:
     """All `scores` of all `sites` of `model`, and the statistics `also`, in one pass.
 
     A batch is a mapping of tensors (with `labels` for gradients), a tensor, a tuple (input, mask, ...) or a list of
     strings with a `tokenizer`; a plain list of strings is batched here. `count_padding` counts padding positions too,
     as the published code does; `select_on` counts the tokens of the "prompt" or of the "answer" (those with a label)
-    only. Raises InputError for no batch at all, a batch without a usable tensor, a gradient or a part asked for without
-    labels, or a model sliced in scatter mode.
+    only. An expert that fewer than `min_tokens` tokens reach is ranked by magnitude; models with experts run example by
+    example. Raises InputError for no batch at all, a batch without a usable tensor, a gradient or a part asked for
+    without labels, or a model sliced in scatter mode.
     """
     if select_on not in PARTS:
         raise unknown_name("part to select on", select_on, PARTS)
     if count_padding and select_on != "all":
         raise InputError(f"count_padding counts every position, select_on={select_on!r} only some: give one of them")
-    of_a, of_b = ([copy.deepcopy(statistic) for statistic in (*scores, *also)] for _ in range(2))
+    of_a, of_b = ([copy.deepcopy(statistic) for statistic in (*scores, *also, _Rows())] for _ in range(2))
     shown = _Shown()
-    if {need for statistic in of_a for need in statistic.needs} - {"weights"}:
+    if {need for statistic in (*scores, *also) for need in statistic.needs} - {"weights"}:
         _check_compact(model, sites)
         _pass(model, sites, (of_a, of_b), batches, tokenizer, count_padding, progress, select_on, shown)
-    apart = of_a[len(scores):], of_b[len(scores):]
+    routed = _routed(sites, of_a[-1], of_b[-1])
+    apart = of_a[len(scores):-1], of_b[len(scores):-1]
     of_a, of_b = of_a[:len(scores)], of_b[:len(scores)]
     total = [_added(a, b) for a, b in zip(of_a, of_b, strict=True)]
-    results = _results(model, sites, [total, of_a, of_b] if min(shown.tokens) else [total])
+    thin = {name for name, tokens in routed.items() if tokens < min_tokens}
+    results = _results(model, sites, [total, of_a, of_b] if min(shown.tokens) else [total], thin)
     return Calibration(results[0], tuple(results[1:]) or None, apart, sum(shown.tokens), shown.examples,
-                       f"{shown.digest:064x}")
+                       f"{shown.digest:064x}", routed)
 
 
-def _results(model: nn.Module, sites: Sites, groups: Sequence[Sequence[Score]]) -> list[Results]:
-    """The results of several groups of scores, site by site: the weights of one site at a time are float64."""
+def _results(model: nn.Module, sites: Sites, groups: Sequence[Sequence[Score]], thin: Collection[str]) -> list[Results]:
+    """The results of several groups of scores, site by site: the weights of one site at a time are float64. A site that
+    a half of the data has not reached, or that is `thin`, is ranked by magnitude."""
     found: list[Results] = [[{} for _ in group] for group in groups]
     for site in sites.values():
         weights = site_weights(model, site)
         for into, group in zip(found, groups, strict=True):
             for by_site, score in zip(into, group, strict=True):
-                by_site[site.name] = score.result(site.name, weights).cpu()
+                is_unknown = score.needs != ("weights",) and (site.name in thin or site.name not in score.sums)
+                ranked = magnitude.make() if is_unknown else score
+                by_site[site.name] = ranked.result(site.name, weights).cpu()
     return found
+
+
+class _Rows(Statistic):
+    """How many rows of each site count."""
+
+    def __init__(self) -> None:
+        super().__init__(("hidden",))
+
+    def update(self, site: str, seen: Seen) -> None:
+        self.add(site, "rows", torch.tensor(float(len(seen.hidden))) if seen.is_token is None else seen.is_token.sum())
+
+
+def _routed(sites: Sites, *halves: Statistic) -> dict[str, int]:
+    """Tokens that reached each expert."""
+    return {site.name: sum(int(half.sums[site.name]["rows"]) if site.name in half.sums else 0 for half in halves)
+            for site in sites.values() if site.is_routed}
 
 
 def site_weights(model: nn.Module, site: Site) -> Weights:
     """The rows of the gate projection and the columns of the down projection that belong to the units."""
-    gate, down = model.get_submodule(site.gate_module), model.get_submodule(site.down_module)
-    return Weights(lambda: projection_weight(gate)[site.gate.to(gate.weight.device)], lambda: projection_weight(down))
+    gate, down = site.members[0], site.members[-1]
+    return Weights(lambda: channels_first(model, replace(gate, channels=site.gate.unsqueeze(1))),
+                   lambda: channels_first(model, down).T)
 
 
 def _check_compact(model: nn.Module, sites: Sites) -> None:
@@ -109,6 +136,7 @@ def _pass(model: nn.Module, sites: Sites, halves: tuple[list[Statistic], list[St
     """Show every batch to the statistics of its half."""
     needs = {need for statistic in halves[0] for need in statistic.needs}
     last = _last_site(model, sites, needs)
+    is_routed = any(site.is_routed for site in sites.values())
     with _prepared(model, with_gradients="gradients" in needs):
         hidden = None if progress else True  # None: shown on a terminal
         for batch in tqdm(batched(batches), desc="measuring neurons", unit="batch", disable=hidden):
@@ -116,12 +144,14 @@ def _pass(model: nn.Module, sites: Sites, halves: tuple[list[Statistic], list[St
             inputs = inputs if count_padding else padded_right(model, inputs)
             counted = {} if count_padding else token_masks(model, inputs, select_on)
             in_b = shown.add(inputs, counted, model).to(model.device)
-            inputs = on_device(inputs, model)
-            masks = {} if count_padding else token_masks(model, inputs, select_on)
-            real = {} if count_padding else token_masks(model, inputs)
-            observers = [_Observer(site, halves, needs, _mask_of(site, model, masks), _mask_of(site, model, real), in_b,
-                                   site.name == last) for site in sites.values()]
-            _show(model, sites, observers, inputs, "gradients" in needs)
+            whole = on_device(inputs, model)
+            for part, rows in alone(model, whole) if is_routed else [(whole, slice(None))]:
+                masks = {} if count_padding else token_masks(model, part, select_on)
+                real = {} if count_padding else token_masks(model, part)
+                observers = [Observer(site, halves, needs, _mask_of(site, model, masks), _mask_of(site, model, real),
+                                      in_b[rows], site.name == last, _gate_bias(model, site))
+                             for site in sites.values()]
+                _show(model, sites, observers, part, "gradients" in needs)
     shown.add_up_over_ranks()
     if not sum(shown.tokens):
         raise InputError(f"no token of the calibration data belongs to the {select_on}: select on \"all\", or label "
@@ -130,116 +160,32 @@ def _pass(model: nn.Module, sites: Sites, halves: tuple[list[Statistic], list[St
     _add_up_over_ranks(halves)
 
 
-def _show(model: nn.Module, sites: Sites, observers: list[_Observer], inputs: dict[str, Tensor],
+def _show(model: nn.Module, sites: Sites, observers: list[Observer], inputs: dict[str, Tensor],
           with_gradients: bool) -> None:
     """Run one batch past the observers."""
-    with ExitStack() as hooks:
-        for observer in observers:
-            gate = model.get_submodule(observer.site.gate_module)
-            down = model.get_submodule(observer.site.down_module)
-            hooks.callback(gate.register_forward_hook(observer.gate).remove)
-            hooks.callback(down.register_forward_pre_hook(observer.down).remove)
+    with observing(model, observers), eager_experts(model):
         if with_gradients:
             _summed_loss(model, inputs).backward()
             return
-        with suppress(_Done):
+        with suppress(Done):
             _body(model, sites)(**{name: value for name, value in inputs.items()
                                    if name != "labels" or model.config.is_encoder_decoder})
 
 
-class _Done(Exception):
-    """Ends a forward pass: the last site has shown all it has."""
+def _gate_bias(model: nn.Module, site: Site) -> Tensor | None:
+    """(C,) of the projection, in its own order."""
+    if site.gate_bias is None:
+        return None
+    own = model.get_parameter(site.gate_bias.tensor).detach()
+    return own if site.gate_bias.expert is None else own[site.gate_bias.expert]
 
 
 def _last_site(model: nn.Module, sites: Sites, needs: set[str]) -> str | None:
     """The site behind which nothing needs to be computed; None if that cannot be said: gradients need the loss, and a
     block that is called often (a shared layer, or the positions in chunks) may not be done after its first call."""
-    is_called_once = all(site.calls == 1 for site in sites.values())
+    is_called_once = all(site.calls == 1 and not site.is_routed for site in sites.values())
     is_chunked = getattr(model.config, "chunk_size_feed_forward", 0)
     return list(sites)[-1] if is_called_once and not is_chunked and "gradients" not in needs else None
-
-
-@dataclass
-class _Observer:
-    """Hooks of one site: collects a Seen over the gate's and the down projection's calls."""
-
-    site: Site
-    halves: tuple[list[Statistic], list[Statistic]]
-    needs: set[str]
-    is_token: Tensor | None
-    is_real: Tensor | None
-    in_b: Tensor  # (B,) which examples belong to the second half
-    is_last: bool
-    partly: dict[str, Tensor] = field(default_factory=dict)
-
-    def gate(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        if "inputs" in self.needs:
-            self.partly["inputs"] = self._rows(args[0].detach())
-        if "outputs" in self.needs:
-            rows = self._rows(output.detach())
-            is_fused = rows.shape[1] != self.site.width
-            self.partly["outputs"] = rows[:, self.site.gate.to(rows.device)] if is_fused else rows
-
-    def down(self, module: nn.Module, args: tuple) -> tuple | None:
-        x = args[0]
-        seen = {**self.partly, "hidden": self._rows(x.detach())}
-        self.partly.clear()
-        if "gradients" not in self.needs:
-            self._update(seen)
-            if self.is_last:
-                raise _Done
-            return None
-        if not x.requires_grad:
-            x = x.detach().requires_grad_()
-        x.register_hook(lambda gradient: self._update({**seen, "gradients": self._rows(gradient)}))
-        return (x, *args[1:])
-
-    def _rows(self, x: Tensor) -> Tensor:
-        """Example by example: (B, T, ...) or (T, B, ...) -> (N, ...)"""
-        return (x.transpose(0, 1) if self.site.is_time_first and x.ndim == 3 else x).flatten(0, -2)
-
-    def _update(self, seen: dict[str, Tensor]) -> None:
-        rows = seen["hidden"]
-        is_token = _fitted(self.is_token, self.is_real, len(rows), self.site.name)
-        shown = Seen(is_token, **seen)
-        with torch.autocast(rows.device.type, enabled=False):  # sums stay float32 whatever the model computes in
-            for statistics, part in zip(self.halves, _apart(shown, self._rows_in_b(len(rows))), strict=True):
-                for statistic in statistics if part is not None else ():
-                    if statistic.needs != ("weights",):
-                        statistic.update(self.site.name, part)
-
-    def _rows_in_b(self, rows: int) -> Tensor:
-        """Which of the rows belong to examples of the second half: (N,). Rows are example by example; a model that
-        drops the padding keeps the real ones; where neither fits, the batch belongs to the half of its first."""
-        if rows % len(self.in_b) == 0 and (self.is_real is None or rows >= len(self.is_real)):
-            return self.in_b.repeat_interleave(rows // len(self.in_b))
-        if self.is_real is not None and rows == int(self.is_real.sum()):
-            return self.in_b.repeat_interleave(len(self.is_real) // len(self.in_b))[self.is_real.bool()]
-        return self.in_b[:1].expand(rows)
-
-
-def _apart(seen: Seen, in_b: Tensor) -> tuple[Seen | None, Seen | None]:
-    """What the examples of each half show; None for a half that has no row here."""
-    parts = []
-    for is_chosen in (~in_b, in_b):
-        if is_chosen.all() or not is_chosen.any():
-            parts.append(seen if is_chosen.all() else None)
-            continue
-        rows = is_chosen.nonzero().flatten()
-        tensors = {name: value[rows] for name, value in vars(seen).items() if value is not None}
-        parts.append(replace(seen, **tensors))
-    return tuple(parts)
-
-
-def _fitted(is_token: Tensor | None, is_real: Tensor | None, rows: int, site: str) -> Tensor | None:
-    """The mask, if the site sees one row per position, or its real positions if the model itself has already dropped
-    the padding."""
-    if is_token is None or len(is_token) == rows:
-        return is_token
-    if int(is_real.sum()) == rows:
-        return is_token[is_real.bool()]
-    raise InputError(f"{site} sees {rows} positions but the attention mask has {len(is_token)}: "
-                     "pass a mask that fits, or count_padding=True")
 
 
 def _summed_loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -302,9 +248,22 @@ def _added(a: Statistic, b: Statistic) -> Statistic:
 
 
 def _add_up_over_ranks(halves: tuple[list[Statistic], list[Statistic]]) -> None:
-    """Every rank sees its share of the data; the sums of all of them make the statistics."""
+    """Every rank sees its share of the data; the sums of all of them make the statistics. An expert that no token of
+    this rank has reached adds zeros."""
     if _is_distributed():
-        for statistic in (*halves[0], *halves[1]):
+        statistics = (*halves[0], *halves[1])
+        mine = [{site: {name: (value.shape, value.dtype) for name, value in sums.items()}
+                 for site, sums in statistic.sums.items()} for statistic in statistics]
+        everywhere = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everywhere, mine)
+        device = next((v.device for s in statistics for sums in s.sums.values() for v in sums.values()), None)
+        for theirs in everywhere:
+            for statistic, sums_of in zip(statistics, theirs, strict=True):
+                for site, sums in sums_of.items():
+                    for name, (shape, dtype) in sums.items():
+                        zeros = torch.zeros(shape, dtype=dtype, device=device)
+                        statistic.sums.setdefault(site, {}).setdefault(name, zeros)
+        for statistic in statistics:
             for site in sorted(statistic.sums):
                 for name in sorted(statistic.sums[site]):
                     torch.distributed.all_reduce(statistic.sums[site][name])

@@ -13,18 +13,21 @@ from transformers import PreTrainedModel
 from stt.errors import InputError
 from stt.mlps.fused import fuse_block
 from stt.mlps.stt_linear import SiteLayout, STTLinear
+from stt.narrow import narrow, narrowed_tensors, remember_widths
 from stt.selection import FORMAT_VERSION, SELECTION, Ids, Selection
 from stt.sites import Member, Site, Sites, find_sites, projection_weight
-from stt.surgery import narrow_state, replace_module
+from stt.surgery import narrow_state, replace_module, sliced_parameters
 
 logger = logging.getLogger(__name__)
 
 
 class STTTransformer:
-    """Replaces the projections of every selected site by narrow STTLinear layers.
+    """Replaces the projections of every selected site by narrow STTLinear layers; convolutions and stacks of experts
+    lose their other channels where they are.
 
     `active_neurons` is a Selection, or a mapping from a site, one of its modules, or a key of `layer_name_map`, to unit
-    ids. Everything is checked before the first change. Scatter mode unless `inference_time`, as published.
+    ids. Everything is checked before the first change. Scatter mode of the STTLinear layers unless `inference_time`, as
+    published.
     """
 
     def __init__(self, model: nn.Module, active_neurons: Mapping[str, Ids],
@@ -42,9 +45,14 @@ class STTTransformer:
 
         Raises InputError if it is sliced already: its units would no longer be those of the dense model.
         """
-        if any(isinstance(module, STTLinear) for module in self.model.modules()):
+        if any(True for _ in sliced_parameters(self.model)):
             raise InputError("the model is sliced already: apply a selection to the dense model")
-        plan = [(self.sites[name], self._layers(self.sites[name], ids)) for name, ids in self.selection.items()]
+        chosen = [self.sites[name] for name in self.selection]
+        in_place = [site for site in chosen if site.form != "linear"]
+        plan = [(site, self._layers(site, self.selection[site.name])) for site in chosen if site.form == "linear"]
+        narrow_tensors = narrowed_tensors(self.model, in_place, self.selection)
+        remember_widths(self.model, in_place, self.selection)
+        narrow(self.model, narrow_tensors)
         for site, layers in plan:
             for member, layer in zip(site.members, layers, strict=True):
                 replace_module(self.model, member.module, layer)
@@ -60,7 +68,7 @@ class STTTransformer:
         if self.verbose:
             stats = self.get_parameter_stats()
             logger.info("sliced %d sites: %.1f %% of their neurons kept, %.1f %% of the model's parameters removed",
-                        len(plan), 100 * stats["kept_fraction_of_units"], stats["overall_model_reduction_perc"])
+                        len(chosen), 100 * stats["kept_fraction_of_units"], stats["overall_model_reduction_perc"])
         return self.model
 
     def get_parameter_stats(self) -> dict[str, float]:
@@ -155,7 +163,7 @@ def selection_for(sites: Sites, given: Mapping[str, Ids], layer_name_map: Mappin
                          "select again on this model")
     if not given:
         raise InputError("the selection is empty: it must keep units of at least one site")
-    names = {module: site.name for site in sites.values() for module in (m.module for m in site.members)}
+    names = {member.module: site.name for site in sites.values() for member in site.members if member.expert is None}
     units: dict[str, Ids] = {}
     for key, ids in given.items():
         name = (layer_name_map or {}).get(key, key)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stt.errors import InputError, unknown_name
 from stt.mlps.stt_linear import STTLinear
+from stt.narrow import sliced_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -112,9 +113,10 @@ def train_only(model: nn.Module, parameters: Iterable[str] | None = None, head: 
 
 
 def sliced_parameters(model: nn.Module) -> list[str]:
-    """Names of all parameters of STTLinear layers."""
+    """Names of all parameters of STTLinear layers, and of the tensors that were narrowed in place."""
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, STTLinear)]
-    return [f"{name}.{parameter}" for name, module in layers for parameter, _ in module.named_parameters(recurse=False)]
+    of_layers = [f"{name}.{each}" for name, module in layers for each, _ in module.named_parameters(recurse=False)]
+    return [*of_layers, *sliced_tensors(model)]
 
 
 def narrow_state(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

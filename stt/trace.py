@@ -1,14 +1,14 @@
-"""Weightless trace: which channel of which linear layer feeds which channel of which other, without reading a weight.
+"""Weightless trace: which channel of which projection feeds which channel of which other, without reading a weight.
 
-Every call of a linear-like layer on a parameter of the model is answered with a fresh random leaf tensor of the right
-shape. So nothing is multiplied (a 7B model costs as little as its activations, and may live on the meta device), and
-autograd graphs end at the nearest linear layers: whatever lies between two layers is exactly what the graph holds.
+Every product with a parameter of the model (a linear layer, one expert of a stack, a 1x1 convolution) is answered with
+a fresh random leaf tensor of the right shape. So nothing is multiplied (a 7B model costs as little as its activations,
+and may live on the meta device), and autograd graphs end at the nearest projections: whatever lies between two
+projections is exactly what the graph holds.
 """
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -16,129 +16,201 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from transformers.pytorch_utils import Conv1D
 
 from stt.errors import InputError
+from stt.products import DEPTHWISE, PRODUCTS, Layout, Product, is_copy, is_view, standing
 
-DTYPE, DEVICE = torch.Tensor.dtype.__get__, torch.Tensor.device.__get__  # made anew at each access: compare with ==
-TRANSPOSES = (torch.Tensor.T.__get__, torch.Tensor.mT.__get__, torch.Tensor.t, torch.t)
-PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
-CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d)
-TOKENS = 6  # enough positions to tell a layer that mixes them from one that does not
+DTYPE, DEVICE, DATA = torch.Tensor.dtype.__get__, torch.Tensor.device.__get__, torch.Tensor.data.__get__  # use ==
+GET = "__get__"  # of a property of a tensor: shape, requires_grad, T ...
+NORMS = (F.batch_norm, torch.batch_norm)
+UNFIT = (AttributeError, TypeError, ValueError, RuntimeError, IndexError, KeyError, NotImplementedError, AssertionError,
+         ArithmeticError, OSError)  # how a model refuses a made-up batch
 
 
 @dataclass
 class Source:
-    """A leaf of the trace: the output of a linear layer, or a parameter used in any other way."""
+    """A leaf of the trace: what a projection returns, or a parameter, a lookup or a convolution used in another way."""
 
     parameter: str
-    is_linear: bool
     value: Tensor
-    input: Tensor | None = None  # what the layer read, with its graph
+    axis: int = -1  # of the channels of `value`
+    layout: Layout | None = None  # of a projection: where its weight stands in the parameter
+    input: Tensor | None = None  # what the projection read, with its graph
+    input_axis: int = -1
+    is_parameter: bool = False  # `value` is the parameter itself
+    is_depthwise: bool = False  # a parameter that convolves every channel by itself
     reads: int = 0  # bit set of the sources its input depends on
-    consumers: set[int] = field(default_factory=set)  # positions of the layers that read it; -1 is the model's output
+    consumers: set[int] = field(default_factory=set)  # positions of the sources that read it; -1 is the model's output
 
 
 class WeightlessTrace(TorchFunctionMode):
-    """Records one forward pass as a list of Source; parameters and buffers are float32 on the CPU to all who look."""
+    """Records one forward pass as a list of Source; parameters and buffers are float32 on the CPU to all who look.
+
+    A parameter is followed through views by a stand-in on the meta device: its strides tell which part is meant.
+    """
 
     def __init__(self, model: nn.Module, seed: int = 0):
         super().__init__()
         self.sources: list[Source] = []
         self._random = torch.Generator().manual_seed(seed)
         self._parameters = {id(p): name for name, p in model.named_parameters()}
-        self._buffers = {id(b): b for b in model.buffers()}
-        self._linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | Conv1D)}
-        self._transposed: dict[int, tuple[Tensor, Tensor]] = {}  # id of a transposed weight -> it and the parameter
-        self._stand_ins: dict[int, Tensor] = {}
+        self._own = dict(model.named_parameters())
+        self._buffers = {id(b): name for name, b in model.named_buffers()}
+        self._shadows: dict[int, Tensor] = {}  # id of a parameter -> its stand-in on the meta device
+        self._shadowed: dict[int, str] = {}  # storage of such a stand-in -> parameter
+        self._leaves: dict[int, Tensor] = {}  # id of a parameter or buffer -> its stand-in on the CPU
 
     def __torch_function__(self, func: Callable, types: Sequence[type], args: tuple = (),
                            kwargs: dict | None = None) -> object:
-        kwargs = kwargs or {}
+        with torch.enable_grad():  # also where the model asks for none: the graph is what is looked at
+            return self._computed(func, args, kwargs or {})
+
+    def _computed(self, func: Callable, args: tuple, kwargs: dict) -> object:
         if func == DTYPE and self._is_ours(args[0]):
             return torch.float32 if args[0].is_floating_point() else func(*args)
         if func == DEVICE and self._is_ours(args[0]):
             return torch.device("cpu")
-        if func is F.linear and id(self._weight(args, kwargs)) in self._linear:
-            weight = self._weight(args, kwargs)
-            return self._answer(args[0] if args else kwargs["input"], weight, weight.shape[0], is_linear=True)
-        if func is torch.addmm and len(args) == 3 and id(args[2]) in self._linear:
-            return self._answer(args[1], args[2], args[2].shape[1], is_linear=True)
-        if func in TRANSPOSES and id(args[0]) in self._linear:
-            view = torch.empty(()).expand(args[0].shape[::-1])
-            self._transposed[id(view)] = (view, args[0])
-            return view
-        if func in PRODUCTS and id(args[1]) in self._transposed:
-            weight = self._transposed[id(args[1])][1]
-            return self._answer(args[0], weight, weight.shape[0], is_linear=True)
-        if func is F.embedding and id(self._weight(args, kwargs)) in self._parameters:
-            weight = self._weight(args, kwargs)
+        if func in PRODUCTS:
+            product = PRODUCTS[func](args, kwargs)
+            weight = product and self._shadow(product.weight)
+            if weight is not None:
+                return self._answer(func, args, kwargs, product, weight)
+        if func is F.embedding:
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
             ids = args[0] if args else kwargs["input"]
-            return self._leaf(weight, (*ids.shape, weight.shape[1]), is_linear=False).value.clone()
-        if func in CONVOLUTIONS and id(self._weight(args, kwargs)) in self._parameters:
-            return self._convolution(func, args, kwargs)
-        if getattr(func, "__name__", "") == "__get__":
+            if id(weight) in self._parameters:
+                return self._leaf(self._parameters[id(weight)], (*ids.shape, weight.shape[1])).value.clone()
+        if func in NORMS:
+            return self._batch_norm(*args, **kwargs)
+        if func == DATA or is_copy(func) or is_view(func):
+            viewed = self._viewed(func, args, kwargs)
+            if viewed is not None:
+                return viewed
+        elif getattr(func, "__name__", "") == GET:
             return func(*args, **kwargs)
-        args, kwargs = pytree.tree_map(self._stand_in, (args, kwargs))
+        args, kwargs = pytree.tree_map(self._real, (args, kwargs))
         return func(*args, **kwargs)
 
-    @staticmethod
-    def _weight(args: tuple, kwargs: dict) -> Tensor | None:
-        return args[1] if len(args) > 1 else kwargs.get("weight")
+    # ------------------------------------------------------------ parameters, and views of them
 
     def _is_ours(self, value: object) -> bool:
-        return id(value) in self._parameters or id(value) in self._buffers
+        return id(value) in self._parameters or id(value) in self._buffers or self._name_of(value) is not None
 
-    def _answer(self, x: Tensor, weight: Tensor, out_features: int, is_linear: bool) -> Tensor:
-        source = self._leaf(weight, (*x.shape[:-1], out_features), is_linear)
-        source.input = x
-        return source.value.clone()  # models may add to it in place, which a leaf forbids
+    def _name_of(self, value: object) -> str | None:
+        """The parameter a tensor on the meta device stands for."""
+        is_shadow = isinstance(value, Tensor) and value.is_meta and id(value) not in self._parameters
+        return self._shadowed.get(value.untyped_storage()._cdata) if is_shadow else None
 
-    def _convolution(self, func: Callable, args: tuple, kwargs: dict) -> Tensor:
-        """The output shape of the convolution comes from the meta device; its values are random as everywhere."""
-        weight, x = self._weight(args, kwargs), args[0] if args else kwargs["input"]
-        args, kwargs = pytree.tree_map(
-            lambda a: a.detach().to("meta", torch.float32) if isinstance(a, Tensor) else a, (args, kwargs))
-        source = self._leaf(weight, func(*args, **kwargs).shape, is_linear=False)
-        source.input = x
-        return source.value.clone()
+    def _shadow(self, value: object) -> Tensor | None:
+        """The stand-in on the meta device of a parameter or of a view of one; None for anything else."""
+        if id(value) not in self._parameters:
+            return value if self._name_of(value) is not None else None
+        if id(value) not in self._shadows:
+            shadow = torch.empty(value.shape, device="meta", dtype=torch.float32)
+            self._shadows[id(value)] = shadow
+            self._shadowed[shadow.untyped_storage()._cdata] = self._parameters[id(value)]
+        return self._shadows[id(value)]
 
-    def _leaf(self, parameter: Tensor, shape: tuple[int, ...], is_linear: bool) -> Source:
-        """Values in ±[0.5, 1.5]: positive in the first half of the rows (no activation is dead there), random signs
-        in the second half (which tells a gate from the factor it multiplies)."""
-        value = torch.rand(shape, generator=self._random) + 0.5
-        rows = value.view(-1, shape[-1])
-        half = rows[len(rows) // 2:]
-        half *= torch.randint(0, 2, half.shape, generator=self._random) * 2 - 1
-        source = Source(self._parameters[id(parameter)], is_linear, value.requires_grad_())
-        self.sources.append(source)
-        return source
+    def _viewed(self, func: Callable, args: tuple, kwargs: dict) -> object:
+        """A view of a parameter, as a view of its stand-in; None if that is not what is asked for."""
+        shadow = self._shadow(args[0]) if args else None
+        if shadow is None:
+            return None
+        if func == DATA or is_copy(func):
+            return shadow
+        args, kwargs = pytree.tree_map(_plain_index, (args[1:], kwargs))
+        views = func(shadow, *args, **kwargs)
+        same = (view.untyped_storage()._cdata == shadow.untyped_storage()._cdata for view in pytree.tree_leaves(views))
+        return views if all(same) else None
 
-    def _stand_in(self, value: object) -> object:
+    def _real(self, value: object) -> object:
         """A float32 CPU copy in place of a parameter (a leaf of the trace) or of a buffer; anything else as it is."""
-        if not self._is_ours(value):
+        name = self._name_of(value)
+        if name is not None:
+            return self._real(self._own[name]).as_strided(value.shape, value.stride(), value.storage_offset())
+        if id(value) not in self._parameters and id(value) not in self._buffers:
             return value
-        if id(value) not in self._stand_ins:
+        if id(value) not in self._leaves:
             copy = torch.ones_like(value, device="cpu") if value.is_meta else value.detach().to("cpu", copy=True)
             copy = copy.float() if copy.is_floating_point() else copy
             if id(value) in self._parameters:
-                copy.requires_grad_()
-                self.sources.append(Source(self._parameters[id(value)], False, copy))
-            self._stand_ins[id(value)] = copy
-        return self._stand_ins[id(value)]
+                copy = copy.contiguous().requires_grad_()
+                self.sources.append(Source(self._parameters[id(value)], copy, is_parameter=True))
+            self._leaves[id(value)] = copy
+        return self._leaves[id(value)]
+
+    # ------------------------------------------------------------ answers
+
+    def _answer(self, func: Callable, args: tuple, kwargs: dict, product: Product, weight: Tensor) -> object:
+        """A random leaf instead of the product; its shape is computed on the meta device. A convolution of every
+        channel by itself is computed."""
+        if product.kind == DEPTHWISE:
+            args, kwargs = pytree.tree_map(self._real, (args, kwargs))
+            leaf = self._real(self._own[self._name_of(weight)])
+            next(source for source in self.sources if source.value is leaf).is_depthwise = True
+            return func(*args, **kwargs)
+        name = self._name_of(weight)
+        x = self._real(product.x)
+        shape = func(*pytree.tree_map(self._on_meta, args), **pytree.tree_map(self._on_meta, kwargs)).shape
+        layout = standing(weight, self._own[name].shape, product)
+        source = self._leaf(name, shape, product.out_axis, layout)
+        source.input, source.input_axis = x, product.x_axis
+        return source.value.clone()  # models may add to it in place, which a leaf forbids
+
+    def _on_meta(self, value: object) -> object:
+        if not isinstance(value, Tensor):
+            return value
+        shadow = self._shadow(value)
+        dtype = torch.float32 if value.is_floating_point() else value.dtype
+        return value.detach().to("meta", dtype) if shadow is None else shadow
+
+    def _leaf(self, name: str, shape: tuple[int, ...], axis: int = -1, layout: Layout | None = None) -> Source:
+        """Values in ±[0.5, 1.5]: positive in the first half of the rows (no activation is dead there), random signs
+        in the second half (which tells a gate from the factor it multiplies)."""
+        shape = list(shape)
+        channels = shape.pop(axis)
+        value = torch.rand((*shape, channels), generator=self._random) + 0.5
+        rows = value.view(-1, channels)
+        half = rows[(len(rows) + 1) // 2:]
+        half *= torch.randint(0, 2, half.shape, generator=self._random) * 2 - 1
+        value = value.movedim(-1, axis).contiguous().requires_grad_()
+        self.sources.append(Source(name, value, axis, layout))
+        return self.sources[-1]
+
+    def _batch_norm(self, x: Tensor, mean: Tensor | None, variance: Tensor | None, weight: Tensor | None = None,
+                    bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+                    *_: object) -> Tensor:
+        """In evaluation mode, with the statistics as leaves: they belong to the channels as the weight does."""
+        x, weight, bias = (self._real(value) for value in (x, weight, bias))
+        if mean is None or training:
+            return F.batch_norm(x, None, None, weight, bias, True, momentum, eps)
+        mean, variance = (self._statistic(value) for value in (mean, variance))
+        shape = (-1, *[1] * (x.ndim - 2))
+        x = (x - mean.view(shape)) * (variance.view(shape) + eps).rsqrt()
+        x = x if weight is None else x * weight.view(shape)
+        return x if bias is None else x + bias.view(shape)
+
+    def _statistic(self, buffer: Tensor) -> Tensor:
+        copy = self._real(buffer)
+        if not copy.requires_grad:
+            copy.requires_grad_()
+            self.sources.append(Source(self._buffers[id(buffer)], copy, is_parameter=True))
+        return copy
 
 
-def trace(model: nn.Module, inputs: Mapping[str, Tensor], is_made_up: bool) -> list[Source]:
+# ---------------------------------------------------------------- one pass
+
+
+def trace(model: nn.Module, inputs: Mapping[str, object]) -> list[Source]:
     """One weightless forward pass, with gradients enabled by the caller; every Source knows what it reads and who reads
-    it. The model is left as it was. Raises InputError for a model that made-up inputs do not fit."""
+    it. The model is left as it was. Raises InputError if the model does not take these inputs."""
     buffers = [(module, dict(module.named_buffers(recurse=False))) for module in model.modules()]
     try:
-        with evaluating(model), torch.random.fork_rng(devices=[]), WeightlessTrace(model) as recorder:
+        with evaluating(model), eager_experts(model), torch.random.fork_rng(devices=[]), \
+                WeightlessTrace(model) as recorder:
             outputs = model(**inputs)
-    except (AttributeError, TypeError, ValueError) as error:
-        if not is_made_up or isinstance(error, InputError):
-            raise
-        raise InputError(f"a made-up batch of {', '.join(inputs)} does not fit {type(model).__name__} ({error}): "
+    except UNFIT as error:
+        raise InputError(f"a batch of {', '.join(inputs)} does not fit {type(model).__name__} ({error}): "
                          "pass a batch of your data as find_sites(model, example=...)") from error
     finally:
         for module, own in buffers:
@@ -146,6 +218,12 @@ def trace(model: nn.Module, inputs: Mapping[str, Tensor], is_made_up: bool) -> l
                 setattr(module, name, buffer)  # a forward that assigns one has assigned a stand-in
     _connect(recorder.sources, outputs)
     return recorder.sources
+
+
+def _plain_index(value: object) -> object:
+    """An index that is a tensor of one whole number, as that number: it selects, where a tensor would copy."""
+    is_number = isinstance(value, Tensor) and value.ndim == 0 and value.dtype in (torch.int32, torch.int64)
+    return int(value) if is_number and not value.is_meta else value
 
 
 @contextmanager
@@ -158,6 +236,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def eager_experts(model: nn.Module) -> Iterator[None]:
+    """Mixtures of experts compute one expert after the other, so that each can be looked at; afterwards as before."""
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    with ExitStack() as stack:
+        for config in configs.values():
+            if hasattr(config, "_experts_implementation"):
+                stack.callback(setattr, config, "_experts_implementation", config._experts_implementation)
+                config._experts_implementation = "eager"
+        yield
 
 
 def _connect(sources: list[Source], outputs: object) -> None:
@@ -204,28 +294,3 @@ def bit_positions(bits: int) -> Iterator[int]:
 def _tensors(outputs: object) -> list[Tensor]:
     leaves = pytree.tree_leaves(list(outputs.values()) if isinstance(outputs, Mapping) else outputs)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def dummy_inputs(model: nn.Module) -> dict[str, Tensor]:
-    """A batch of two for the model's main input: token ids (ending in EOS), pixels, or both sides of an
-    encoder-decoder. Raises InputError for any other kind of input."""
-    config, text = model.config, model.config.get_text_config()
-    main, accepted = model.main_input_name, inspect.signature(model.forward).parameters
-    vocabulary, eos = getattr(text, "vocab_size", None), getattr(text, "eos_token_id", None)
-    ids = torch.arange(2 * TOKENS).view(2, TOKENS) % max(vocabulary - 4, 1) + 3 if vocabulary else None
-    inputs: dict[str, Tensor] = {}
-    if main == "input_ids" and ids is not None:
-        ids[:, -1] = eos if isinstance(eos, int) and 0 <= eos < vocabulary else ids[:, -1]
-        inputs["input_ids"] = ids
-    elif main == "pixel_values":
-        size = getattr(config, "image_size", 64)
-        size = size if isinstance(size, list | tuple) else (size, size)
-        inputs["pixel_values"] = torch.rand(2, config.num_channels, *size, generator=torch.Generator().manual_seed(0))
-    else:
-        raise InputError(f"cannot make a dummy {main!r} for {type(model).__name__}: "
-                         "pass a batch of your data as find_sites(model, example=...)")
-    if config.is_encoder_decoder and "decoder_input_ids" in accepted:
-        inputs["decoder_input_ids"] = ids.clone()
-    if "use_cache" in accepted:
-        inputs["use_cache"] = False
-    return inputs

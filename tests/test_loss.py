@@ -27,9 +27,9 @@ from util.torch_flops import training_flops
 
 DECODERS = [name for name, build in tiny.ARCHITECTURES.items()
             if build.args[0] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()]
-EXPERTS = [*tiny.PARTLY, "mixtral"]  # their products of experts know no float64
+EXPERTS = ["mixtral", "qwen2_moe", "qwen2_moe-dense-layer"]  # their products of experts know no float64
 BUILDERS: dict[str, Callable[[], tiny.Built]] = {
-    **tiny.ARCHITECTURES, **tiny.PARTLY, **{name: build for name, (build, _) in tiny.REFUSED.items()},
+    **tiny.ARCHITECTURES, **tiny.MIXTURES, **{name: build for name, (build, _) in tiny.REFUSED.items()},
     "granite-scaled": partial(tiny._text, "GraniteForCausalLM", **tiny.GQA, logits_scaling=8.0),
     "hyperclovax": partial(tiny._text, "HyperCLOVAXForCausalLM", **tiny.GQA, logits_scaling=0.25),
     "gemma3-capped": partial(tiny._text, "Gemma3ForCausalLM", **tiny.GQA, head_dim=8, final_logit_softcapping=2.0),

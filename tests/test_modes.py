@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 from tiny_text import build_decoder
 
@@ -119,12 +120,8 @@ def test_merged_equals_unmerged(name):
 
 
 def test_partial_models_are_refused_unless_told():
-    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
-
-    model = Qwen2MoeForCausalLM(Qwen2MoeConfig(
-        hidden_size=16, intermediate_size=24, moe_intermediate_size=8, shared_expert_intermediate_size=24,
-        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, num_experts=2, num_experts_per_tok=1,
-        vocab_size=30, bos_token_id=None, eos_token_id=None, pad_token_id=None))
-    with pytest.raises(InputError, match="only a part of Qwen2MoeForCausalLM can be sliced: .*experts"):
+    model, _ = tiny.toy([(tiny.HIDDEN, tiny.NEURONS), (tiny.NEURONS, tiny.HIDDEN)], lambda x, a: a(x).relu())
+    model.layers[1].middle = lambda x, a: torch.nn.functional.layer_norm(a(x), (tiny.NEURONS,))
+    with pytest.raises(InputError, match="only a part of Toy can be sliced: layers.1.linears.1 .*mixes neurons"):
         modes.check_sites(model, "refuse")
     modes.check_sites(model, "ok")

@@ -75,14 +75,6 @@ def test_half_a_billion_parameters_on_meta_in_ten_seconds() -> None:
     assert [site.width for site in sites.values()] == [4864] * 24
 
 
-@pytest.mark.parametrize("name", tiny.PARTLY)
-def test_half_sliceable_models_say_so(name: str) -> None:
-    sites = find_sites(tiny.PARTLY[name]()[0])
-    assert sites.lost
-    assert len(sites) == 2
-    assert {entry.reason for entry in sites.left_out} == {"stacked experts (mixture of experts) are not supported"}
-
-
 @pytest.mark.parametrize("name", tiny.REFUSED)
 def test_models_without_a_sliceable_block_are_refused_with_the_reason(name: str) -> None:
     builder, reason = tiny.REFUSED[name]
@@ -146,15 +138,44 @@ class ScaledBlock(tiny.Block):
         self.middle = lambda x, a: F.gelu(a(x)) * self.scale
 
 
+class RolledBlock(ScaledBlock):
+    """A parameter as wide as the block that does not belong to its neurons one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.middle = lambda x, a: F.gelu(a(x)) * (self.scale + self.scale.roll(1))
+
+
+def test_a_parameter_of_every_neuron_goes_with_it() -> None:
+    model, batch = tiny.Toy(ScaledBlock), {"input_ids": torch.arange(14).view(2, 7)}
+    sites = find_sites(model)
+    assert [(site.form, [member.tensor for member in site.along]) for site in sites.values()] == \
+        [("conv", [f"layers.{i}.scale"]) for i in (0, 1)]
+    kept = torch.tensor([0, 3, 5, 40])
+    masked = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in masked.layers:
+            layer.linears[1].weight[:, ~torch.isin(torch.arange(NEURONS), kept)] = 0
+        expected = masked(**batch)["logits"]
+        stt.apply(model, dict.fromkeys(sites, kept))
+        torch.testing.assert_close(model(**batch)["logits"], expected, rtol=0, atol=1e-6)
+    assert model.layers[0].scale.shape == (4,)
+
+
+def test_one_number_a_position_is_no_part_of_the_block() -> None:
+    model, _ = tiny.toy(ONE + [(HIDDEN, 1)] + DOWN, lambda x, a, b: F.gelu(a(x)) * b(x).sigmoid())
+    assert [[member.module for member in site.members] for site in find_sites(model).values()] == \
+        [[f"layers.{i}.linears.0", f"layers.{i}.linears.2"] for i in (0, 1)]
+
+
 @pytest.mark.parametrize(("shapes", "middle", "reason"), [
     (ONE, lambda x, a: F.layer_norm(a(x), (NEURONS,)), "mixes neurons"),
     (ONE, lambda x, a: a(x) * a(x).mean(-1, keepdim=True), "used elsewhere|mixes neurons"),
     (ONE, lambda x, a: F.gelu(a(x)).roll(3, -1), "change places"),
     (ONE, lambda x, a: F.gelu(a(x)).unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2), "change places"),
     (ONE, lambda x, a: F.gelu(a(x)) + F.gelu(a(2 * x)), "used elsewhere"),
-    ([(HIDDEN, NEURONS), (HIDDEN, 1)], lambda x, a, b: F.gelu(a(x)) * b(x).sigmoid(), "channel counts"),
-    (ONE, lambda x, a: F.gelu(a(x)).cumsum(1), "it has none"),
-], ids=["norm", "mean", "roll", "shuffle", "called-twice", "gate-per-token", "mixes-tokens"])
+    (ONE, lambda x, a: F.gelu(a(x)).cumsum(1), "mixes positions"),
+], ids=["norm", "mean", "roll", "shuffle", "called-twice", "mixes-tokens"])
 def test_inexact_blocks_are_refused_with_the_reason(shapes: list, middle: Callable, reason: str) -> None:
     model, _ = tiny.toy(shapes + DOWN, middle)
     with pytest.raises(InputError, match=reason):
@@ -172,7 +193,7 @@ def test_a_neuron_that_also_reaches_both_its_neighbours_is_refused() -> None:
 
 def test_more_kinds_of_refusal() -> None:
     with pytest.raises(InputError, match="reads the parameter layers.0.scale"):
-        find_sites(tiny.Toy(ScaledBlock))
+        find_sites(tiny.Toy(RolledBlock))
     concatenated, _ = tiny.toy(TWO + [(2 * NEURONS, HIDDEN)], lambda x, a, b: torch.cat([F.gelu(a(x)), b(x)], -1))
     with pytest.raises(InputError, match="channel counts"):
         find_sites(concatenated)
@@ -224,16 +245,26 @@ def test_forward_may_ask_a_weight_for_its_device_and_draw_random_numbers() -> No
 
 
 @pytest.mark.parametrize("share", ["module", "weight"])
-def test_tied_layers_in_two_places_are_refused(share: str) -> None:
-    """Replacing one module would leave its twin dense."""
+def test_tied_layers_in_two_places_are_one_site(share: str) -> None:
+    """Each place must become narrow: the outputs are those of the dense model with the other neurons masked."""
     model, batch = tiny.toy(ONE + DOWN, lambda x, a: F.gelu(a(x)))
     first, second = (layer.linears for layer in model.layers)
     if share == "module":
         second[0], second[1] = first[0], first[1]
     else:
         second[0].weight, second[1].weight = first[0].weight, first[1].weight
-    with pytest.raises(InputError, match="used elsewhere"):
-        find_sites(model)
+    if share == "weight":
+        second[0].bias, second[1].bias = first[0].bias, first[1].bias
+    sites = find_sites(model)
+    assert [(name, site.form, site.calls) for name, site in sites.items()] == [("layers.0.linears", "shared", 2)]
+    kept = torch.tensor([0, 3, 5, 40])
+    masked = copy.deepcopy(model)
+    with torch.no_grad():
+        masked.layers[0].linears[1].weight[:, ~torch.isin(torch.arange(NEURONS), kept)] = 0
+        expected = masked(**batch)["logits"]
+        stt.apply(model, {"layers.0.linears": kept})
+        torch.testing.assert_close(model(**batch)["logits"], expected, rtol=0, atol=1e-6)
+    assert {tuple(linear.weight.shape) for layer in model.layers for linear in layer.linears} == {(4, 32), (32, 4)}
 
 
 def test_one_block_called_twice_is_one_site() -> None:
@@ -268,14 +299,16 @@ def whisper() -> WhisperForConditionalGeneration:
         max_target_positions=16, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=3))
 
 
-def test_unknown_input_asks_for_an_example_and_takes_it() -> None:
+def test_inputs_are_made_up_and_an_example_is_taken_instead() -> None:
     model = whisper()
-    with pytest.raises(InputError, match="cannot make a dummy 'input_features'.*example="):
-        find_sites(model)
+    found = [described(site) for site in find_sites(model).values()]
     example = {"input_features": torch.rand(2, 8, 16), "decoder_input_ids": torch.arange(3, 11).view(2, 4)}
     sites = find_sites(model, example)
     assert list(sites) == ["model.encoder.layers.0", "model.decoder.layers.0"]
+    assert [described(site) for site in sites.values()] == found
     assert find_sites(model) is sites
+    with pytest.raises(InputError, match="a batch of input_features does not fit WhisperFor.*example="):
+        find_sites(model, {"input_features": torch.rand(2, 9, 16)})
     assert find_sites(model, example) is not sites  # another example may run more of the model
 
 
@@ -351,17 +384,17 @@ def test_result_is_cached_until_a_shape_changes() -> None:
     assert [site.width for site in find_sites(model).values()] == [3, 3]
 
 
-def test_a_model_that_a_made_up_batch_does_not_fit() -> None:
+def test_towers_are_traced_one_by_one_where_no_batch_can_be_made_up() -> None:
     from transformers import CLIPConfig, CLIPModel
 
     size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = CLIPModel(CLIPConfig(text_config=size | {"vocab_size": 30, "max_position_embeddings": 16},
                                  vision_config=size | {"image_size": 8, "patch_size": 4}, projection_dim=8))
-    with pytest.raises(InputError, match="a made-up batch of input_ids.* does not fit CLIPModel .*example="):
-        find_sites(model)
+    found = [described(site) for site in find_sites(model).values()]
     example = {"input_ids": torch.arange(12).view(2, 6) + 3, "pixel_values": torch.rand(2, 3, 8, 8)}
-    assert [site.name for site in find_sites(model, example).values()] == [
-        "vision_model.encoder.layers.0.mlp", "text_model.encoder.layers.0.mlp"]
+    sites = find_sites(model, example)
+    assert list(sites) == ["vision_model.encoder.layers.0.mlp", "text_model.encoder.layers.0.mlp"]
+    assert sorted(found) == sorted(described(site) for site in sites.values())
 
 
 def test_fingerprint_tells_models_apart() -> None:

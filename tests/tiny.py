@@ -136,14 +136,21 @@ ARCHITECTURES: dict[str, Callable[[], Built]] = {
 }
 
 MOE = GQA | {"num_experts_per_tok": 2}
-PARTLY: dict[str, Callable[[], Built]] = {  # some of their neurons can be sliced, others cannot
+MIXTURES: dict[str, Callable[[], Built]] = {  # of stacked experts; grouped products know no float64
+    "mixtral": partial(_text, "MixtralForCausalLM", **MOE, num_local_experts=4),
     "qwen2_moe": partial(_text, "Qwen2MoeForCausalLM", **MOE, num_experts=4, moe_intermediate_size=20,
                          shared_expert_intermediate_size=36, decoder_sparse_step=1),
     "qwen2_moe-dense-layer": partial(_text, "Qwen2MoeForCausalLM", **MOE, num_experts=4, moe_intermediate_size=20,
                                      shared_expert_intermediate_size=36, mlp_only_layers=[0]),
+    "gpt_oss": partial(_text, "GptOssForCausalLM", **MOE, num_local_experts=4, head_dim=8),
+    "dbrx": partial(_text, "DbrxForCausalLM", vocab_size=VOCABULARY, d_model=HIDDEN, n_heads=4, n_layers=2,
+                    max_seq_len=64, attn_config={"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+                    ffn_config={"ffn_hidden_size": NEURONS, "moe_num_experts": 4, "moe_top_k": 2,
+                                "hidden_size": HIDDEN}),
+    "llama4_text": partial(_text, "Llama4ForCausalLM", **MOE | {"num_experts_per_tok": 1}, num_local_experts=4,
+                           head_dim=8, intermediate_size_mlp=52),
 }
 REFUSED: dict[str, tuple[Callable[[], Built], str]] = {  # builder, the reason in the error
-    "mixtral": (partial(_text, "MixtralForCausalLM", **MOE, num_local_experts=4), "mixture of experts"),
     "mamba": (partial(_text, "MambaForCausalLM", vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=2,
                       state_size=4, use_mambapy=False), "no feed-forward site in MambaForCausalLM"),
     "resnet": (partial(_vision, "ResNetForImageClassification", embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1],
@@ -154,7 +161,7 @@ REFUSED: dict[str, tuple[Callable[[], Built], str]] = {  # builder, the reason i
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> Built:
     """A fresh model in evaluation mode and a batch for it."""
-    model, batch = (ARCHITECTURES | PARTLY)[name]()
+    model, batch = (ARCHITECTURES | MIXTURES)[name]()
     return model.to(dtype), {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
 
 

@@ -1,0 +1,387 @@
+"""From a trace of the model to its feed-forward sites, and to what looks like one and is not, with the reason."""
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from stt.decode import MIXES_POSITIONS, NO_BLOCK, Decoded, decode
+from stt.dummy import dummy_inputs, hidden_inputs
+from stt.errors import InputError
+from stt.sites import LeftOut, Member, Site, is_repeated
+from stt.trace import Source, bit_positions, trace
+
+LAYERS = (nn.Linear, Conv1D)
+ELSEWHERE = "a projection of it is also used elsewhere"
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+@torch.autocast("cpu", enabled=False)
+def discover(model: nn.Module, example: Mapping[str, Tensor] | None) -> tuple[list[Site], list[LeftOut]]:
+    """The sites of a model in the order of execution, and what is left out. Raises InputError if `example` does not
+    fit the model."""
+    found = _Found(model)
+    if example is not None:
+        found.look("", model, dict(example))
+    else:
+        _try(found, "", model)
+    _look_at_the_rest(found)
+    sites = found.sites()
+    main, side_families = _main_families(model, sites, [tensors for _, tensors in found.refused.values()])
+    return main, [*found.left_out(sites), *side_families]
+
+
+def _try(found: _Found, name: str, module: nn.Module) -> bool:
+    """Trace a model, or a model in it, on made-up inputs; False if none fit."""
+    for inputs in dummy_inputs(module):
+        try:
+            found.look(name, module, inputs)
+        except InputError:
+            continue
+        return True
+    return False
+
+
+def _look_at_the_rest(found: _Found) -> None:
+    """What the first trace did not execute: a tower is traced by itself, an idle expert or any other block on hidden
+    states made up for it, the smallest module first that shows a site."""
+    for name, module in found.model.named_modules():
+        if name and isinstance(module, PreTrainedModel) and found.is_untouched(name):
+            _try(found, name, module)
+    tried = set()
+    for projection in found.never_called():
+        if projection in found.seen:
+            continue
+        parts = projection.split(".")[:-1]
+        for depth in range(len(parts) - 1, 0, -1):
+            name = ".".join(parts[:depth])
+            module = found.model.get_submodule(name)
+            if name in tried or isinstance(module, nn.ModuleList | nn.ModuleDict) or not found.is_untouched(name):
+                break
+            tried.add(name)
+            if _try_block(found, name, module):
+                break
+
+
+def _try_block(found: _Found, name: str, module: nn.Module) -> bool:
+    for inputs in hidden_inputs(module):
+        try:
+            if found.look(name, module, inputs, is_block=True):
+                return True
+        except InputError:
+            continue
+    return False
+
+
+# ---------------------------------------------------------------- down projections and what feeds them
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a down projection that decodes."""
+
+    down: Source
+    feeding: tuple[Source, ...]
+    decoded: Decoded
+    is_time_first: bool
+    is_alone: bool  # in a trace of the block by itself
+
+
+class _Found:
+    """What the traces have shown so far."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.names = {id(p): name for name, p in model.named_parameters()}
+        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self.seen: set[str] = set()
+        self.calls: dict[str, list[_Call]] = defaultdict(list)  # down parameter -> its calls
+        self.used_elsewhere: set[str] = set()
+        self.refused: dict[str, tuple[str, set[str]]] = {}  # down projection -> the reason, its tensors
+
+    def look(self, name: str, module: nn.Module, inputs: Mapping[str, object], is_block: bool = False) -> bool:
+        """Trace one module (called `name` in the model); True if it shows a site. A block that shows none does not
+        count as seen: a larger one around it may."""
+        sources = trace(module, inputs)
+        for source in sources:
+            source.parameter = self._in_model(name, source.parameter)
+        examples = len(next(value for value in inputs.values() if isinstance(value, Tensor)))
+        explained: set[int] = set()
+        for position, down in enumerate(sources):
+            if down.layout is not None:
+                explained |= self._call(sources, position, examples, is_block)
+        if is_block and not explained:
+            return False
+        self.seen |= {source.parameter for source in sources}
+        self.used_elsewhere |= {source.parameter for position, source in enumerate(sources)
+                                if source.layout is not None and position not in explained}
+        return bool(explained)
+
+    def _call(self, sources: Sequence[Source], position: int, examples: int, is_alone: bool) -> set[int]:
+        """Decode one call; the positions of the sources it explains."""
+        down = sources[position]
+        feeding = {i: sources[i] for i in bit_positions(down.reads)}
+        projections = [s for s in feeding.values() if s.layout is not None and s.value.shape[s.axis] > 1]
+        readers = {sources[i].parameter if i >= 0 else None for s in projections for i in s.consumers}
+        if readers != {down.parameter}:
+            return set()
+        decoded = decode(down, list(feeding.values()))
+        if isinstance(decoded, str):
+            sizes = [source.value.shape[source.axis] for source in projections]
+            is_attention = sizes != [down.layout.inputs.size]  # three projections, or one of three times the size
+            if decoded != NO_BLOCK and (decoded != MIXES_POSITIONS or not is_attention):
+                name = _module_of(down.parameter)
+                self.refused[name] = decoded, {down.parameter, *(source.parameter for source in projections)}
+            return set()
+        reached = [list(feeding.values())[place].parameter for place in decoded.projections]
+        if len(set(reached)) < len(reached):
+            self.refused[_module_of(down.parameter)] = ELSEWHERE, {down.parameter, *reached}
+            return set()
+        shape = down.input.shape
+        is_time_first = len(shape) == 3 and shape[0] != examples == shape[1]
+        self.calls[down.parameter].append(_Call(down, tuple(feeding.values()), decoded, is_time_first, is_alone))
+        return {position, *(i for place, i in enumerate(feeding) if place in decoded.projections)}
+
+    def _in_model(self, name: str, tensor: str) -> str:
+        """The model's own, first name for a tensor of the module called `name`."""
+        tensor = f"{name}.{tensor}" if name else tensor
+        owner, _, attribute = tensor.rpartition(".")
+        return self.names.get(id(getattr(self.model.get_submodule(owner), attribute)), tensor)
+
+    # ------------------------------------------------------------ sites
+
+    def sites(self) -> list[Site]:
+        """The sites that can be sliced; what else was decoded is added to what is refused."""
+        of_downs = {parameter: list(_sites_of(calls, self.shapes)) for parameter, calls in self.calls.items()}
+        readers = Counter(tensor for of_down in of_downs.values() for tensor in _tensors(of_down, "out"))
+        read_twice = {tensor for tensor, count in readers.items() if count > 1}
+        used = set(self.used_elsewhere)
+        sizes = {parameter: self._weights(_tensors(of_down)) for parameter, of_down in of_downs.items()}
+        for parameter in sorted(of_downs, key=lambda down: -sizes[down]):  # of a chain of projections the largest block
+            tensors = _tensors(of_downs[parameter])
+            if used & tensors or read_twice & _tensors(of_downs[parameter], "out"):
+                self.refused[_module_of(parameter)] = ELSEWHERE, tensors
+                del of_downs[parameter]
+            used |= tensors
+        routed = self._routed(of_downs)
+        shared = _shared(self.model)
+        sites = [replace(site, form=_form(self.model, site, shared), is_routed=parameter in routed)
+                 for parameter, of_down in of_downs.items() for site in of_down]
+        return _named_once(sites)
+
+    def _routed(self, downs: Iterable[str]) -> set[str]:
+        """Down projections that read some of the positions: stacks, and blocks whose neighbours in their list read
+        another number of them, or none."""
+        lists: dict[str, dict[str, int]] = defaultdict(dict)
+        stacks = set()
+        for parameter in downs:
+            calls = self.calls[parameter]
+            if len(self.shapes[parameter]) == 3 or parameter != f"{_module_of(parameter)}.weight":
+                stacks.add(parameter)
+            rows = 0 if calls[0].is_alone else sum(call.decoded.rows for call in calls)
+            lists[_list_of(self.model, parameter)][parameter] = rows
+        return stacks.union(*(of_list for of_list in lists.values() if len(set(of_list.values())) > 1))
+
+    # ------------------------------------------------------------ what was not executed
+
+    def is_untouched(self, name: str) -> bool:
+        """True if no trace has called a projection in this module."""
+        return not any(parameter.startswith(name + ".") for parameter in self.seen)
+
+    def never_called(self) -> Iterator[str]:
+        """Weights of repeated layers that no trace has used."""
+        for module in self.model.modules():
+            for parameter, value in module.named_parameters(recurse=False):
+                full = self.names[id(value)]
+                is_weight = isinstance(module, LAYERS) and parameter == "weight" or _is_stack(module, value)
+                if is_weight and full not in self.seen and is_repeated(self.model, full):
+                    yield full
+
+    def left_out(self, sites: Sequence[Site]) -> Iterator[LeftOut]:
+        """What was refused, what no trace called, and stacks that are no site. It is a loss unless the sites of the
+        same layer hold more weights: a low-rank pair of an attention layer is none, beside a feed-forward block."""
+        members = {member.tensor for site in sites for member in site.members}
+        for name, (reason, tensors) in self.refused.items():
+            if is_repeated(self.model, f"{name}.weight"):
+                yield LeftOut(name, reason, self._weights(tensors) >= self._beside(name, members, outermost=True))
+        never = sorted(self.never_called())
+        for name in never:
+            layer = _layer(self.model, name)
+            idle = self._weights(other for other in never if other.startswith(layer))
+            reason = "never called by the dummy input (an idle expert or an unused tower)"
+            yield LeftOut(_module_of(name), reason, idle > self._beside(name, members))
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.modules.conv._ConvNd) and 1 < module.groups < module.out_channels \
+                    and is_repeated(self.model, f"{name}.weight"):
+                is_loss = module.weight.numel() > self._beside(f"{name}.weight", members, outermost=True)
+                yield LeftOut(name, "a convolution in groups of channels", is_loss)
+        refused = {tensor for _, tensors in self.refused.values() for tensor in tensors}
+        for name in sorted(self.seen - members - refused):
+            owner, _, attribute = name.rpartition(".")
+            value = getattr(self.model.get_submodule(owner), attribute, None)
+            if isinstance(value, nn.Parameter) and _is_stack(self.model.get_submodule(owner), value):
+                reason = "a stack of weights of no known structure"
+                yield LeftOut(name, reason, value.numel() > self._beside(name, members, outermost=True))
+
+    def _weights(self, tensors: Iterable[str]) -> int:
+        return sum(math.prod(self.shapes[name]) for name in tensors)
+
+    def _beside(self, name: str, members: Collection[str], outermost: bool = False) -> int:
+        """Weights of the sites in the layer of `name`."""
+        layer = _layer(self.model, name, outermost)
+        return self._weights(member for member in members if member.startswith(layer))
+
+
+def _tensors(sites: Iterable[Site], side: str | None = None) -> set[str]:
+    return {member.tensor for site in sites for member in site.members if side in (None, member.side)}
+
+
+def _list_of(model: nn.Module, name: str) -> str:
+    """The innermost list or dictionary of modules that `name` lies in."""
+    parts = name.split(".")
+    lists = [".".join(parts[:i]) for i in range(1, len(parts))
+             if isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList | nn.ModuleDict)]
+    return lists[-1] if lists else ""
+
+
+def _layer(model: nn.Module, name: str, outermost: bool = False) -> str:
+    """The element of the innermost (or outermost) list of layers that `name` lies in, ending in a dot."""
+    parts = name.split(".")
+    lists = [isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList) for i in range(1, len(parts))]
+    places = [i + 2 for i, is_list in enumerate(lists) if is_list]
+    return ".".join(parts[:places[0 if outermost else -1]]) + "." if places else name
+
+
+def _is_stack(module: nn.Module, value: Tensor) -> bool:
+    is_conv = isinstance(module, nn.modules.conv._ConvNd | nn.utils.parametrize.ParametrizationList)
+    return value.ndim == 3 and min(value.shape) > 1 and not is_conv
+
+
+def _module_of(parameter: str) -> str:
+    """A layer's name for its weight, the name itself for any other parameter."""
+    return parameter.removesuffix(".weight")
+
+
+def _sites_of(calls: Sequence[_Call], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Site]:
+    """One site for the calls of a down projection that stands alone; one for every expert of a stack, whose layout is
+    that of the expert with the most positions."""
+    call = max(calls, key=lambda call: call.decoded.rows)
+    span = call.down.layout.inputs
+    shape = shapes[call.down.parameter]
+    is_folded = shape[span.axis] > span.size  # experts one after the other along the same axis
+    stacked = len(shape) == 3 and (call.down.layout.expert is not None or call.down.layout.is_batched)
+    if not is_folded and not stacked:
+        members: dict[tuple, Member] = {}
+        for each in calls:
+            members |= {(member.tensor, member.side): member for member in _members(each, None)}
+        yield _site(list(members.values()), call, len(calls), None)
+        return
+    count = shape[span.axis] // span.size if is_folded else shape[0]
+    for expert in range(count):
+        yield _site(list(_members(call, expert)), call, 1, expert)
+
+
+def _members(call: _Call, expert: int | None) -> Iterator[Member]:
+    """The tensors of one call: the projection with the gate first, the down projection last, then what is between."""
+    places = sorted(call.decoded.projections, key=lambda place: place != call.decoded.gate[0])
+    for place in places:
+        source = call.feeding[place]
+        yield _member(source, "out", call.decoded.projections[place], expert)
+    yield _member(call.down, "in", torch.arange(call.down.layout.inputs.size).unsqueeze(1), expert)
+    layers = [*(call.feeding[place] for place in places), call.down]
+    of_layers = {f"{_module_of(source.parameter)}.bias" for source in layers}
+    for place, (axis, channels) in call.decoded.along.items():
+        module, _, parameter = call.feeding[place].parameter.rpartition(".")
+        if call.feeding[place].parameter in of_layers:
+            continue  # goes with its layer, wherever it is added
+        in_stack = expert if call.down.layout.expert is not None and call.feeding[place].value.ndim == 2 else None
+        side = "added" if call.decoded.added.get(place) == call.decoded.gate[0] else "along"
+        yield Member(module, side, channels, parameter, axis, in_stack)
+
+
+def _member(source: Source, side: str, channels: Tensor, expert: int | None) -> Member:
+    module, _, parameter = source.parameter.rpartition(".")
+    span = source.layout.outputs if side == "out" else source.layout.inputs
+    is_stacked = source.layout.expert is not None or source.layout.is_batched
+    if expert is not None and not is_stacked:  # one after the other along the axis
+        channels = channels + expert * span.size
+    return Member(module, side, channels, parameter, span.axis, expert if is_stacked else None)
+
+
+def _site(members: Sequence[Member], call: _Call, calls: int, expert: int | None) -> Site:
+    added = [member for member in members if member.side == "added"]
+    projections = [member for member in members if member.side == "out"]
+    projections += [member for member in members if member.side == "in"]
+    along = tuple(replace(member, side="along") for member in members if member.side in ("along", "added"))
+    *feeding, down = projections
+    gate = feeding[0].channels[:, call.decoded.gate[1]]
+    kind = "glu_fused" if feeding[0].channels.shape[1] == 2 else "plain" if len(feeding) == 1 else "glu"
+    owner = _common_owner([member.module for member in projections])
+    name = owner if expert is None else f"{owner}.{expert}"
+    return Site(name, kind, tuple(projections), len(gate), gate, calls, call.is_time_first, along, down.tensor,
+                gate_bias=added[0] if added else None)
+
+
+def _form(model: nn.Module, site: Site, shared: Collection[str]) -> str:
+    if any(member.expert is not None or member.parameter != "weight" for member in site.members):
+        return "experts"
+    if site.along or not all(isinstance(model.get_submodule(member.module), LAYERS) for member in site.members):
+        return "conv"
+    return "shared" if _tensors([site]) & set(shared) else "linear"
+
+
+def _common_owner(names: list[str]) -> str:
+    """The innermost module that holds all of `names`."""
+    return os.path.commonpath([name.replace(".", "/") for name in names]).replace("/", ".")
+
+
+def _named_once(sites: Collection[Site]) -> list[Site]:
+    """Two sites of one owner (or of the whole model) are told apart by their gate projection."""
+    sites, owners = list(sites), [site.name for site in sites]
+    return [replace(site, name=site.gate_module) if not site.name or owners.count(site.name) > 1 else site
+            for site in sites]
+
+
+def _shared(model: nn.Module) -> set[str]:
+    """Weights that another layer, or the same one in another place, has too: to replace one module would leave the
+    other as it was."""
+    places: dict[int, dict[tuple[int, str], str]] = {}  # id of a weight -> (owner, attribute) -> name
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, LAYERS):
+            owner, _, attribute = name.rpartition(".")
+            places.setdefault(id(module.weight), {})[id(model.get_submodule(owner)), attribute] = f"{name}.weight"
+    return {name for names in places.values() if len(names) > 1 for name in names.values()}
+
+
+def _main_families(model: nn.Module, sites: list[Site],
+                   refused: Iterable[set[str]]) -> tuple[list[Site], list[LeftOut]]:
+    """Of every layer the largest block (a stack of experts counts whole), those at least a quarter as large, and what
+    stands beside a stack of experts; the rest is named. A refused block counts, too."""
+    parameters = dict(model.named_parameters())
+    repeated = [site for site in sites if is_repeated(model, site.members[-1].tensor)]
+    layers: dict[str, list[Site]] = defaultdict(list)
+    for site in repeated:
+        layers[_layer(model, site.members[-1].tensor, outermost=True)].append(site)
+
+    def size(tensors: Iterable[str]) -> int:
+        return sum(parameters[name].numel() for name in tensors)
+
+    main = set()
+    for layer, of_layer in layers.items():
+        largest = max(of_layer, key=lambda site: size(_tensors([site])))
+        beside = [tensors for tensors in refused if min(tensors).startswith(layer)]
+        limit = max(map(size, (_tensors([largest]), *beside))) / 4
+        block = largest.down_module.rpartition(".")[0] + "."
+        main |= {site.name for site in of_layer if size(_tensors([site])) >= limit
+                 or (largest.form == "experts" and site.name.startswith(block))}
+    side = [(site.name, "a small side block" if site in repeated else "outside the repeated layers")
+            for site in sites if site.name not in main]
+    return [site for site in repeated if site.name in main], [LeftOut(*entry, is_loss=False) for entry in side]

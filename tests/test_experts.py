@@ -1,0 +1,171 @@
+"""Mixtures of experts: what is measured of each expert is what a slow loop over its tokens finds."""
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import stt
+from stt import scores
+from stt.calibrate import calibrate
+from stt.errors import InputError
+from stt.sites import find_sites
+
+Shown = dict[str, dict[int, list[tuple[Tensor, Tensor]]]]  # layer, expert: of each token pre-activation, hidden
+def of_mixtral(layer: nn.Module, x: Tensor, expert: int) -> tuple[Tensor, Tensor]:
+    gate, up = F.linear(x, layer.gate_up_proj[expert]).chunk(2, -1)
+    return gate, F.silu(gate) * up
+
+
+def of_gpt_oss(layer: nn.Module, x: Tensor, expert: int) -> tuple[Tensor, Tensor]:
+    both = x @ layer.gate_up_proj[expert] + layer.gate_up_proj_bias[expert]
+    gate, up = both[..., ::2], both[..., 1::2]
+    cut = gate.clamp(max=layer.limit)
+    return gate, (up.clamp(-layer.limit, layer.limit) + 1) * cut * torch.sigmoid(layer.alpha * cut)
+
+
+def of_dbrx(layer: nn.Module, x: Tensor, expert: int) -> tuple[Tensor, Tensor]:
+    rows = slice(44 * expert, 44 * (expert + 1))
+    gate = x @ layer.mlp.w1[rows].T
+    return gate, F.silu(gate) * (x @ layer.mlp.v1[rows].T)
+
+
+ONE_WAY = {"dbrx", "llama4_text"}  # whose experts transformers computes in one way only
+REFERENCES = {"mixtral": of_mixtral, "gpt_oss": of_gpt_oss, "dbrx": of_dbrx}
+
+
+def tokens_of_experts(name: str, model: nn.Module, batch: dict[str, Tensor]) -> Shown:
+    """Example by example and token by token: what every expert computes of the real tokens that are sent to it."""
+    shown: Shown = {}
+
+    def keep(layer_name: str, layer: nn.Module, args: tuple) -> None:
+        hidden, chosen, *_ = args
+        for x, experts in zip(hidden.reshape(-1, hidden.shape[-1]), chosen.reshape(len(chosen), -1), strict=True):
+            for expert in experts.tolist():
+                shown.setdefault(layer_name, {}).setdefault(expert, []).append(REFERENCES[name](layer, x, expert))
+
+    experts = [(key, module) for key, module in model.named_modules() if type(module).__name__.endswith("Experts")]
+    hooks = [module.register_forward_pre_hook(lambda layer, args, key=key: keep(key, layer, args))
+             for key, module in experts]
+    with torch.no_grad():
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            model(input_ids=ids[None, :int(mask.sum())], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return shown
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_every_expert_is_measured_on_its_own_tokens(name: str) -> None:
+    model, batch = tiny.build(name)
+    model.double()
+    if name not in ONE_WAY:
+        model.set_experts_implementation("eager")
+    sites = find_sites(model)
+    experts = {site for site in sites if sites[site].form == "experts"}
+    assert len(experts) == 8
+    assert all(sites[site].is_routed for site in experts)
+    found = calibrate(model, sites, [scores.make("activation_mean"), scores.make("contribution")], [batch],
+                      progress=False, min_tokens=1)
+    shown = tokens_of_experts(name, model, batch)
+    assert sum(found.routed.values()) == 2 * 2 * int(batch["attention_mask"].sum())
+    for layer, expert in ((layer, expert) for layer, of_layer in shown.items() for expert in of_layer):
+        rows = shown[layer][expert]
+        site = next(site for site in sites if site.startswith(layer) and site.endswith(f".{expert}"))
+        assert found.routed[site] == len(rows)
+        gates, hidden = (torch.stack(each) for each in zip(*rows, strict=True))
+        torch.testing.assert_close(found.scores[0][site], gates.mean(0), rtol=1e-8, atol=1e-10)
+        down = sites[site].members[-1]
+        weight = model.get_parameter(down.tensor).detach()
+        weight = weight[down.expert] if down.expert is not None else weight
+        columns = weight.movedim(down.axis - (down.expert is not None), 0)[down.channels[:, 0]]  # (F, D)
+        expected = columns.norm(dim=1) * hidden.square().mean(0).sqrt()
+        torch.testing.assert_close(found.scores[1][site], expected, rtol=1e-8, atol=1e-10)
+
+
+def test_an_expert_with_few_tokens_is_ranked_by_magnitude() -> None:
+    model, batch = tiny.build("mixtral")
+    sites = find_sites(model)
+    few, some = (calibrate(model, sites, [scores.make("contribution"), scores.make("magnitude")], [batch],
+                           progress=False, min_tokens=n) for n in (10**6, 1))
+    for site in sites:
+        assert torch.equal(few.scores[0][site], few.scores[1][site])
+        assert torch.equal(some.scores[0][site], some.scores[1][site]) == (some.routed[site] == 0)
+
+
+# ---------------------------------------------------------------- slicing
+
+
+def without(model: nn.Module, units: dict[str, Tensor]) -> nn.Module:
+    """A dense copy whose down projections have zeros where they would read the other neurons."""
+    model = copy.deepcopy(model)
+    sites = find_sites(model)
+    with torch.no_grad():
+        for name, kept in units.items():
+            down = sites[name].members[-1]
+            weight = model.get_parameter(down.tensor)
+            weight, axis = (weight, down.axis) if down.expert is None else (weight[down.expert], down.axis - 1)
+            others = torch.arange(sites[name].width)[~torch.isin(torch.arange(sites[name].width), kept)]
+            weight.index_fill_(axis, down.channels[others, 0], 0.0)
+    return model
+
+
+def random_units(model: nn.Module, multiple: int = 1) -> dict[str, Tensor]:
+    """Another set for every expert, another width for every stack."""
+    draw = torch.Generator().manual_seed(0)
+    counts: dict[str, int] = {}
+    units = {}
+    for name, site in find_sites(model).items():
+        most = site.width // multiple
+        count = counts.setdefault(site.group, multiple * int(torch.randint(1, most, (), generator=draw)))
+        units[name] = torch.randperm(site.width, generator=draw)[:count]
+    return units
+
+
+@pytest.mark.parametrize(("name", "experts"), [
+    (name, experts) for name in tiny.MIXTURES for experts in ("eager", "batched_mm", "grouped_mm")
+    if experts == "eager" or name not in ONE_WAY])
+def test_sliced_experts_equal_masked_ones(name: str, experts: str) -> None:
+    """With every way transformers computes them; a grouped product takes widths of whole 16 bytes."""
+    model, batch = tiny.build(name)
+    units = random_units(model, 4)
+    if name not in ONE_WAY:
+        model.set_experts_implementation(experts)
+    with torch.no_grad():
+        dense, expected = tiny.outputs(model, batch), tiny.outputs(without(model, units), batch)
+        actual = tiny.outputs(stt.apply(model, units), batch)
+    for one, other, whole in zip(actual, expected, dense, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * max(1.0, other.abs().max().item()))
+        assert (whole - other).abs().max() > 1e-2  # else the mask proves nothing
+
+
+@pytest.mark.parametrize("name", tiny.MIXTURES)
+def test_sliced_experts_train_and_reload(name: str, tmp_path: Path) -> None:
+    model, batch = tiny.build(name)
+    stt.apply(model, random_units(model, 4))
+    trained = stt.train_only(model, head="freeze")
+    assert any("experts" in parameter for parameter in trained)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model(**batch).logits.square().mean().backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1).step()
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed == set(trained)
+    stt.save(model, tmp_path / "checkpoint")
+    loaded = stt.load(tmp_path / "checkpoint")
+    with torch.no_grad():
+        for one, other in zip(tiny.outputs(loaded, batch), tiny.outputs(model.eval(), batch), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_experts_of_one_stack_keep_equally_many() -> None:
+    model, _ = tiny.build("mixtral")
+    sites = find_sites(model)
+    units = {name: torch.arange(8 + i % 2) for i, name in enumerate(sites)}
+    with pytest.raises(InputError, match="share one tensor: keep equally many"):
+        stt.apply(model, units)
+    assert model.model.layers[0].mlp.experts.down_proj.shape[-1] == 44
