@@ -145,7 +145,7 @@ def select(args: LLMArgs, mode: Mode, model: PreTrainedModel, judge: Judge, fold
     rows, _ = encode_all(examples, judge.tokenizer, args.max_length, args.apply_chat_template)
     batches = [collate(judge.tokenizer.pad_token_id)(rows[i:i + args.eval_batch])
                for i in range(0, len(rows), args.eval_batch)]
-    size = Budget(args.topk_ratio, args.keep_ratio)
+    size = Budget(args.topk_ratio, args.keep_ratio, width=args.width, multiple_of=args.multiple_of)
     with clock.lap("selection"):
         selection, composition = select_units(
             mode, model, batches, judge.tokenizer, size, args.active_threshold, args.seed, args.count_padding,

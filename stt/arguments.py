@@ -12,6 +12,7 @@ from typing import Annotated, Literal, get_args
 from tyro.conf import arg
 
 from stt.errors import InputError, unknown_name
+from stt.serving import most_widths
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +43,8 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (("lora_dropout", "warmup_ratio"), lambda x: 0 <= x < 1, "in [0, 1)"),
     (("lr", "lora_alpha"), lambda x: 0 < x < math.inf, "a number above 0"),
     (("wd", "max_grad_norm"), lambda x: 0 <= x < math.inf, "a number of 0 or more"),
-    (("num_epoch", "train_batch", "eval_batch", "gradient_accumulation_steps", "lora_r", "log_interval"),
-     lambda x: x >= 1, "1 or more"),
+    (("num_epoch", "train_batch", "eval_batch", "gradient_accumulation_steps", "lora_r", "log_interval",
+      "multiple_of"), lambda x: x >= 1, "1 or more"),
     (("train_size",), lambda x: x >= 0, "0 (= all) or more"),
     (("max_length",), lambda x: x >= 2, "2 or more"),
     (("max_new_tokens",), lambda x: x >= 1, "1 or more"),
@@ -125,6 +126,10 @@ class LLMArgs:
     # ------------------------------------------------------------ ours
     keep_ratio: float | None = None
     """keep exactly this share of every site's neurons instead of the union that topk_ratio leads to"""
+    width: Annotated[str, arg(metavar="free|uniform|buckets:N")] = "free"
+    """how many different widths the sites may have: any number, one, or at most N (docs/shipping.md)"""
+    multiple_of: int = 1
+    """round the number of kept neurons of every site up to a multiple of this"""
     preset: Preset = "published"
     """what --score and --compensate are if not given: as published (stt, none) or as we recommend (contribution,
     lstsq)"""
@@ -217,6 +222,8 @@ class LLMArgs:
                              "its own way, leave it out.")
         if self.compensate not in (None, "none") and self.mode in KEEPS_EVERYTHING:
             raise InputError(f"compensate makes up for removed neurons, and mode {self.mode!r} removes none.")
+        if (most_widths(self.width) or self.multiple_of > 1) and self.mode in KEEPS_EVERYTHING:
+            raise InputError(f"width and multiple_of say how many neurons are kept, and mode {self.mode!r} keeps all.")
         if self.select_on != "all" and self.mode in KEEPS_EVERYTHING:
             raise InputError(f"select_on says what a selection looks at, and mode {self.mode!r} selects nothing.")
         if self.select_on != "all" and self.count_padding:
@@ -265,6 +272,8 @@ def _run_name(args: LLMArgs) -> str:
     ratio = f"keep{args.keep_ratio:g}" if args.keep_ratio is not None else f"top{args.topk_ratio:g}"
     parts = [Path(args.model).name, args.task or Path(args.train_file).stem, args.mode]
     parts += [] if args.mode in KEEPS_EVERYTHING else [ratio]
+    parts += [] if args.width == "free" else [args.width.replace(":", "")]
+    parts += [] if args.multiple_of == 1 else [f"by{args.multiple_of}"]
     parts += [] if args.preset == "published" else [args.preset]
     parts += [] if args.score is None else [args.score.replace(":", ".")]
     parts += [] if args.compensate is None else [args.compensate]

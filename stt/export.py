@@ -1,7 +1,7 @@
 """A sliced checkpoint as a plain Hugging Face folder, for people who do not have this library.
 
 `export_hf` keeps the model narrow: every site is padded with exact zeros to the widest one, because a plain config has
-one width for all. `export_dense` puts the trained units back into the dense model.
+one width for all, and on to what a runtime needs. `export_dense` puts the trained units back into the dense model.
 """
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from stt import serving
 from stt.checkpoint import (
     CONFIG,
     GENERATION,
@@ -50,26 +51,30 @@ TOLERANCE = 1e-5  # relative to the largest output, float32
 
 
 def export_hf(directory: str | Path, out: str | Path, multiple_of: int = 1,
-              example: Mapping[str, Tensor] | None = None) -> Path:
+              example: Mapping[str, Tensor] | None = None, runtime: str | None = None, tp: int = 1) -> Path:
     """Write the sliced checkpoint `directory` as a narrow model that plain `from_pretrained` loads; the new folder.
 
     All sites of one dense width get the same width: their widest, rounded up to `multiple_of`, at most the dense one.
-    The config entry is found by its value and verified by the shapes of every parameter; the outputs are compared
-    through real files before the folder appears, on `example` if the model's input cannot be made up. Parameters of
-    several dtypes are all written in the widest of them. Raises InputError, with nothing written, if no config entry
-    sets the width or `out` is not free.
+    For a `runtime` (serving.RUNTIMES) on `tp` ranks it is also rounded up to what that needs, beyond the dense width if
+    it must be; the log says what the padding costs. The config entry is found by its value and verified by the shapes
+    of every parameter; the outputs are compared through real files before the folder appears, on `example` if the
+    model's input cannot be made up. Parameters of several dtypes are all written in the widest of them. Raises
+    InputError, with nothing written, if no config entry sets the width, if the width the runtime needs cannot be had,
+    or if `out` is not free.
     """
     directory, out = Path(directory), Path(out)
     check_free(out)
-    if not isinstance(multiple_of, int) or multiple_of < 1:
-        raise InputError(f"multiple_of must be a whole number of at least 1, got {multiple_of}")
+    multiple_of = math.lcm(serving.check_multiple(multiple_of), serving.multiple_for(runtime, tp))
     dtype = widest_dtype(read_weights(directory).values())
     compute = torch.promote_types(dtype, torch.float32)
     sliced = load(directory, dtype=compute, example=example)
     _check_biases(sliced)
     inputs = dummy_inputs(sliced) if example is None else example
     expected = _first_output(sliced, inputs)
-    config, widths = _narrow_config(sliced, multiple_of)
+    serving.check_served(runtime, tp, _left_out(sliced).values())
+    config, widths = _narrow_config(sliced, multiple_of, beyond_dense=runtime is not None)
+    serving.check_served(runtime, tp, widths.values())
+    kept = _bytes(sliced, dtype)
     for layer in _narrow_layers(sliced).values():
         layer.layout.pad(widths[_dense_width(layer)])
     plain = _plain_model(sliced, config, dtype)
@@ -84,6 +89,7 @@ def export_hf(directory: str | Path, out: str | Path, multiple_of: int = 1,
                              "with stt.load")
     logger.info("exported %s with width %s to %s (outputs differ by %.0e of the largest)", type(plain).__name__,
                 ", ".join(str(width) for width in widths.values()), out, error)
+    logger.info("%s", serving.padding_tax(kept, _bytes(plain, dtype)))
     return out
 
 
@@ -145,10 +151,10 @@ def _dense_model(sliced: PreTrainedModel, base: str | Path) -> PreTrainedModel:
 # ---------------------------------------------------------------- the width of the exported model
 
 
-def _narrow_config(sliced: PreTrainedModel, multiple_of: int) -> tuple[PreTrainedConfig, Widths]:
+def _narrow_config(sliced: PreTrainedModel, multiple_of: int, beyond_dense: bool) -> tuple[PreTrainedConfig, Widths]:
     """The first config whose model has exactly the shapes of the padded one, and its widths."""
     data = _without_entry(sliced.config).to_dict()
-    needed = _needed_widths(sliced, multiple_of)
+    needed = _needed_widths(sliced, multiple_of, beyond_dense)
     for changes, widths in _candidates(list(_entries(data, sliced.config)), needed):
         try:
             config = type(sliced.config).from_dict(_changed(data, changes))
@@ -159,19 +165,26 @@ def _narrow_config(sliced: PreTrainedModel, multiple_of: int) -> tuple[PreTraine
             said = ", ".join(f"{'.'.join(keys)} = {value}" for keys, value in changes.items())
             logger.info("changed in the config: %s", said or "nothing")
             return config, widths
-    raise InputError(f"{type(sliced).__name__} has no config entry that makes its feed-forward blocks, and nothing "
-                     f"else, narrower ({', '.join(f'{old} to {new}' for old, new in needed.items())}): export with "
-                     "--to dense, or load the checkpoint with stt.load")
+    raise InputError(f"{type(sliced).__name__} has no config entry that gives its feed-forward blocks, and nothing "
+                     f"else, another width ({', '.join(f'{old} to {new}' for old, new in needed.items())}): export "
+                     "with --to dense, or load the checkpoint with stt.load")
 
 
-def _needed_widths(sliced: PreTrainedModel, multiple_of: int) -> Widths:
-    """For each dense width the kept units of the widest such site, rounded up, at most the dense width; a site that the
-    selection leaves out keeps all its units."""
+def _needed_widths(sliced: PreTrainedModel, multiple_of: int, beyond_dense: bool) -> Widths:
+    """For each dense width the kept units of the widest such site, rounded up, at most the dense width unless
+    `beyond_dense`; a site that the selection leaves out keeps all its units."""
     needed: Widths = {}
+    kept = {site: len(ids) for site, ids in sliced.stt_selection.items()} | _left_out(sliced)
     for site, width in sliced.stt_selection.widths.items():
-        kept = len(sliced.stt_selection[site]) if site in sliced.stt_selection else width
-        needed[width] = max(needed.get(width, 0), min(-(-kept // multiple_of) * multiple_of, width))
+        rounded = serving.rounded_up(kept[site], multiple_of)
+        needed[width] = max(needed.get(width, 0), rounded if beyond_dense else min(rounded, width))
     return needed
+
+
+def _left_out(sliced: PreTrainedModel) -> dict[str, int]:
+    """Dense widths of the sites that the selection leaves as they are."""
+    selection = sliced.stt_selection
+    return {site: width for site, width in selection.widths.items() if site not in selection}
 
 
 def _entries(data: Mapping[str, object], config: PreTrainedConfig, above: Keys = ()) -> Iterator[Entry]:
@@ -252,6 +265,11 @@ def _plain_model(sliced: PreTrainedModel, config: PreTrainedConfig, dtype: torch
     if sliced.can_generate():
         plain.generation_config = sliced.generation_config
     return plain.eval()
+
+
+def _bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
+    """What the parameters take in `dtype`; shared ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 
 def _narrow_layers(sliced: PreTrainedModel) -> dict[str, STTLinear]:

@@ -77,7 +77,8 @@ def select_units(mode: Mode, model: nn.Module, batches: Iterable[Batch], tokeniz
         by_stt = kept(measured, "stt", size)
         return by_stt, composition(measured, by_stt)
     counts = {site: len(ids) for site, ids in kept(measured, "stt", size, "none").items()}
-    return kept(measured, mode.score, Budget(size.topk_ratio, size.keep_ratio, counts)), {}
+    matched = Budget(size.topk_ratio, size.keep_ratio, counts, width=size.width, multiple_of=size.multiple_of)
+    return kept(measured, mode.score, matched), {}
 
 
 def prepare(mode: Mode, model: nn.Module, selection: Selection | None, lora: Lora, head: str,

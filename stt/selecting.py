@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from stt import budget, scores
+from stt import budget, scores, serving
 from stt import compensate as compensation
 from stt.batches import Batch
 from stt.calibrate import Calibration, calibrate
@@ -28,15 +28,20 @@ STT = ("activation_mean", "activation_rate")
 class Budget:
     """How many units a site keeps: the best `topk_ratio` by each score (STT keeps the union of two such sets), exactly
     `keep_ratio` of the site, or exactly `counts[site]`. `across_sites` keeps `keep_ratio` of all sites together, by one
-    ranking of one score. Raises InputError for a ratio outside (0, 1]."""
+    ranking of one score. `width` and `multiple_of` then move these numbers to widths that serve (serving.served), and
+    every site keeps its best so many. Raises InputError for a ratio outside (0, 1]."""
 
     topk_ratio: float = 0.3
     keep_ratio: float | None = None
     counts: Mapping[str, int] | None = None
     across_sites: bool = False
+    width: str = "free"
+    multiple_of: int = 1
 
     def __post_init__(self) -> None:
         budget.check_ratio("topk_ratio", self.topk_ratio)
+        serving.most_widths(self.width)
+        serving.check_multiple(self.multiple_of)
         if self.keep_ratio is not None:
             budget.check_ratio("keep_ratio", self.keep_ratio)
         if self.across_sites and (self.keep_ratio is None or self.counts is not None):
@@ -60,7 +65,7 @@ class Measured:
 def select(model: nn.Module, data: Iterable[Batch] = (), tokenizer: PreTrainedTokenizerBase | None = None, *,
            score: str = "stt", keep: float | Mapping[str, Tensor | int] | None = None, topk_ratio: float = 0.3,
            across_sites: bool = False, compensate: str = "none", select_on: str = "all", threshold: float = 0.01,
-           seed: int = 42, count_padding: bool = False) -> Selection:
+           seed: int = 42, count_padding: bool = False, width: str = "free", multiple_of: int = 1) -> Selection:
     """The neurons of `model` worth keeping, judged on `data` (an iterable of batches, or a list of strings).
 
     `score` is "stt" (the union of the best by mean activation and by activation rate) or the name of one score.
@@ -68,8 +73,9 @@ def select(model: nn.Module, data: Iterable[Batch] = (), tokenizer: PreTrainedTo
     best `topk_ratio` by each score, as published. `across_sites` ranks all units of the model together, by one score
     whose values compare between sites. `compensate` ("none", "mean", "lstsq") folds what the removed neurons
     contributed into the kept ones; the new values travel with the selection. `select_on` counts "all" tokens, those of
-    the "prompt" or of the "answer". How far the two halves of the data agree, and how clear the cut is, stands in
-    `meta["reliability"]`.
+    the "prompt" or of the "answer". `width` is how many different widths the sites may have (per dense width): "free",
+    "uniform" or "buckets:N"; each is rounded up to `multiple_of`. How far the two halves of the data agree, and how
+    clear the cut is, stands in `meta["reliability"]`.
 
     Raises InputError for an unknown name, a ratio outside (0, 1], empty data, or a model without sites.
 
@@ -78,7 +84,7 @@ def select(model: nn.Module, data: Iterable[Batch] = (), tokenizer: PreTrainedTo
     counts = None
     if isinstance(keep, Mapping):
         counts = {site: ids if isinstance(ids, int) else len(ids) for site, ids in keep.items()}
-    size = Budget(topk_ratio, keep if counts is None else None, counts, across_sites)
+    size = Budget(topk_ratio, keep if counts is None else None, counts, across_sites, width, multiple_of)
     measured = measure(model, data, tokenizer, [score], threshold=threshold, seed=seed, count_padding=count_padding,
                        select_on=select_on, compensate=compensate)
     return kept(measured, score, size)
@@ -115,7 +121,8 @@ def kept(measured: Measured, method: str, size: Budget, compensate: str | None =
     units = _units(measured.sites, measured.scores, method, size)
     values, ridges = _compensated(measured, units, compensate)
     meta = {"method": method, "topk_ratio": size.topk_ratio, "keep_ratio": size.keep_ratio,
-            "across_sites": size.across_sites, **measured.options, "compensate": compensate,
+            "across_sites": size.across_sites, "width": size.width, "multiple_of": size.multiple_of,
+            **measured.options, "compensate": compensate,
             "calibration": {"digest": measured.calibration.digest, "tokens": measured.calibration.tokens,
                             "examples": measured.calibration.examples},
             "reliability": _reliability(measured, method, size, units),
@@ -134,11 +141,15 @@ def _units(sites: Sites, by_name: Mapping[str, Mapping[str, Tensor]], method: st
             raise InputError(f"the budget {wrong} site of this model: "
                              f"give the number of units of each of its {len(sites)} sites")
     names = scores_of(method)
-    if not size.across_sites:
-        return {site: _of_site([by_name[name][site] for name in names], size, site) for site in sites}
-    if len(names) > 1:
+    if size.across_sites and len(names) > 1:
         raise InputError(f"across_sites needs one score, {method!r} has {len(names)}: use {' or '.join(names)}")
-    return budget.global_top(by_name[method], size.keep_ratio)
+    of_site = {site: [by_name[name][site] for name in names] for site in sites}
+    units = (budget.global_top(by_name[method], size.keep_ratio) if size.across_sites else
+             {site: _of_site(found, size, site) for site, found in of_site.items()})
+    counts = serving.served({site: len(ids) for site, ids in units.items()},
+                            {site: len(found[0]) for site, found in of_site.items()}, size.width, size.multiple_of)
+    return {site: ids if len(ids) == counts[site] else budget.interleaved(of_site[site], counts[site])
+            for site, ids in units.items()}
 
 
 def _reliability(measured: Measured, method: str, size: Budget,
@@ -189,14 +200,14 @@ def _of_site(of_site: list[Tensor], size: Budget, site: str) -> Tensor:
 def composition(measured: Measured, selection: Selection) -> dict[str, dict[str, int]]:
     """Of the kept units of each site: how many are there for their mean only, for both scores, for their rate only.
 
-    A unit is there for a score if it is among its best k: the k of the published top-k union, or, for an exact budget,
-    the smallest k at which the two sets cover the selection.
+    A unit is there for a score if it is among its best k: the k of the published top-k union, or, for an exact budget
+    or a width that is not free, the smallest k at which the two sets cover the selection.
     """
     counted = {}
     for site, ids in selection.items():
         places = [budget.ranking(measured.scores[name][site]).argsort()[ids] for name in STT]
         k = int(torch.stack(places).amin(0).max()) + 1
-        if selection.meta["keep_ratio"] is None:
+        if (selection.meta["keep_ratio"], selection.meta["width"], selection.meta["multiple_of"]) == (None, "free", 1):
             k = max(1, int(selection.meta["topk_ratio"] * measured.sites[site].width))
         by_mean, by_rate = (place < k for place in places)
         counted[site] = {"mean_only": int((by_mean & ~by_rate).sum()), "both": int((by_mean & by_rate).sum()),

@@ -15,6 +15,7 @@ from tyro.conf import Positional, arg
 from stt.arguments import resolve_model
 from stt.cli import run
 from stt.errors import InputError, unknown_name
+from stt.serving import multiple_for
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,24 @@ class ExportArgs:
 
     dir: Annotated[str, Positional, arg(metavar="DIR")]
     """folder of the sliced model, as stt.save writes it"""
-    to: Literal["hf", "dense"]
-    """hf: still narrow, loads without stt; dense: its trained neurons written back into the original model"""
     out: str
     """folder to write"""
+    to: Literal["hf", "dense"] = "hf"
+    """hf: still narrow, loads without stt; dense: its trained neurons written back into the original model"""
     multiple_of: int = 1
     """round the width up to a multiple of this, for --to hf; 128 suits a GPU"""
+    runtime: Annotated[Literal["vllm", "awq", "gguf"] | None, arg(aliases=("--for",))] = None
+    """what the model will run in, for --to hf: also round the width up to what that needs (docs/shipping.md)"""
+    tp: int = 1
+    """tensor-parallel ranks that will split the width, with --for vllm or awq"""
     base: str | None = None
     """the original model, for --to dense; None = the one the sliced model was made from"""
+
+    def __post_init__(self) -> None:
+        multiple_for(self.runtime, self.tp)
+        if self.runtime is not None and self.to == "dense":
+            raise InputError(f"--for {self.runtime} is about the width of a narrow model, and --to dense writes the "
+                             "original width; leave one of them out.")
 
 
 def report(args: ReportArgs) -> None:
@@ -90,7 +101,7 @@ def export(args: ExportArgs) -> None:
     from stt.export import export_dense, export_hf
 
     if args.to == "hf":
-        export_hf(args.dir, args.out, args.multiple_of)
+        export_hf(args.dir, args.out, args.multiple_of, runtime=args.runtime, tp=args.tp)
     else:
         export_dense(args.dir, args.out, args.base)
     sys.stdout.write(f"{args.out}\n")

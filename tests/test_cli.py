@@ -187,7 +187,8 @@ def test_published_flags(line, name, value):
     ("active_sample_ratio", 2), ("lr", 0), ("lr", float("inf")), ("lr", float("nan")), ("wd", -0.1),
     ("num_epoch", 0), ("train_batch", 0), ("eval_batch", 0), ("gradient_accumulation_steps", 0), ("lora_r", 0),
     ("lora_alpha", 0), ("lora_dropout", 1), ("lora_dropout", -0.1), ("warmup_ratio", 1), ("max_grad_norm", -1),
-    ("max_length", 1), ("train_size", -1), ("seed", -1), ("log_interval", 0), ("active_threshold", float("nan"))])
+    ("max_length", 1), ("train_size", -1), ("seed", -1), ("log_interval", 0), ("active_threshold", float("nan")),
+    ("multiple_of", 0)])
 def test_numbers_out_of_range(name, value, capsys):
     with pytest.raises(InputError, match=f"^{name} must be .*, got {value}$"):
         LLMArgs(**{name: value})
@@ -201,7 +202,8 @@ def test_numbers_out_of_range(name, value, capsys):
     ({"resume": True, "overwrite": True}, "give one of them"), ({"run_name": "a/b"}, "one folder name"),
     ({"run_name": ""}, "run_name must not be empty"), ({"output_dir": ""}, "output_dir must not be empty"),
     ({"run_name": ".."}, "one folder name"), ({"select_best": True, "eval_epochs": False}, "needs eval_epochs"),
-    ({"eval_restored": True, "mode": "lora"}, "mode 'lora' removes none")])
+    ({"eval_restored": True, "mode": "lora"}, "mode 'lora' removes none"), ({"width": "wide"}, "width must be free"),
+    ({"width": "uniform", "mode": "lora"}, "keeps all"), ({"multiple_of": 8, "mode": "baseline"}, "keeps all")])
 def test_conflicts(given, sentence):
     with pytest.raises(InputError, match=sentence):
         LLMArgs(**given)
@@ -252,6 +254,7 @@ def test_presets_fill_in_what_is_left_open(shipped):
 def test_run_names_differ(shipped):
     variants = [{}, {"preset": "best"}, {"score": "taylor"}, {"score": "mine:Taylor"}, {"compensate": "mean"},
                 {"select_on": "answer"}, {"mode": "lora"}, {"topk_ratio": 0.1}, {"keep_ratio": 0.1},
+                {"width": "uniform"}, {"width": "buckets:2"}, {"width": "buckets:3"}, {"multiple_of": 8},
                 {"head": "freeze"}, {"seed": 1}, {"task": "boolq"}, {"model": "Qwen/Qwen2.5-3B"}]
     assert len({resolved(LLMArgs(**variant)).run_name for variant in variants}) == len(variants)
 
@@ -354,7 +357,11 @@ def test_closed_pipe_is_quiet(tmp_path):
     (["report", "none", "--out", "nowhere"], 2, "none is not a run folder"),
     (["sites"], 2, "MODEL"), (["sites", "./none"], 2, "no model folder './none'"),
     (["export", "d", "--to", "onnx", "--out", "o"], 2, "unknown --to 'onnx'"),
-    (["export", "d", "--to", "hf"], 2, "--out")])
+    (["export", "d", "--to", "hf"], 2, "--out"),
+    (["export", "d", "--out", "o", "--for", "vlm"], 2, "unknown --for 'vlm'. Did you mean 'vllm'"),
+    (["export", "d", "--out", "o", "--for", "awq", "--to", "dense"], 2, "leave one of them out"),
+    (["export", "d", "--out", "o", "--for", "gguf", "--tp", "2"], 2, "goes with --for vllm and awq only"),
+    (["export", "d", "--out", "o", "--for", "awq"], 2, "no sliced checkpoint at d")])
 def test_stt_command(argv, code, expected, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert verbs.main(argv) == code

@@ -114,6 +114,40 @@ def test_width_is_rounded_up_but_never_beyond_the_dense_one(multiple_of: int, wi
     assert not fused[:, 10:].any()
 
 
+@pytest.mark.parametrize(("name", "runtime", "tp", "multiple_of", "width"), [
+    ("llama", "vllm", 1, 1, 16), ("llama", "vllm", 2, 3, 48), ("llama", "awq", 2, 1, 256), ("llama", "gguf", 1, 8, 256),
+    ("phi3", "vllm", 4, 1, 32), ("phi3", "awq", 1, 1, 128), ("gpt2", "gguf", 1, 1, 256), ("opt", "awq", 1, 1, 128)])
+def test_width_for_a_runtime(name: str, runtime: str, tp: int, multiple_of: int, width: int, tmp_path: Path,
+                             caplog: pytest.LogCaptureFixture) -> None:
+    """A multiple of what it needs and of what was asked, beyond the 44 of the dense model where it must be."""
+    model, batch = sliced_tiny(name)
+    checkpoint = saved(model, tmp_path)
+    caplog.set_level("INFO")
+    export_hf(checkpoint, tmp_path / "hf", multiple_of, runtime=runtime, tp=tp)
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    changed = CHANGED.get(name, {"intermediate_size": 11})
+    assert {key: config[key] for key in changed} == dict.fromkeys(changed, width)
+    assert_close_outputs(type(model).from_pretrained(tmp_path / "hf"), model, batch)
+    before, after = (sum(value.nbytes for value in load_file(folder / "model.safetensors").values())
+                     for folder in (checkpoint, tmp_path / "hf"))
+    assert f"padding adds {after - before:,} bytes to the {before:,} of the kept weights" in caplog.text
+
+
+def test_a_runtime_that_cannot_have_its_width(tmp_path: Path) -> None:
+    """A block left out keeps its dense width; dinov2's config takes whole multiples of the hidden size only."""
+    model, _ = tiny.build("llama")
+    stt.apply(model, {"model.layers.1.mlp": [3, 5, 8]})
+    left_out = saved(model, tmp_path)
+    with pytest.raises(InputError, match="gguf with tp 1 needs .* of 256, and this model can only have 44: select all"):
+        export_hf(left_out, tmp_path / "hf", runtime="gguf")
+    whole = saved(sliced_tiny("dinov2")[0], tmp_path / "dinov2")
+    with pytest.raises(InputError, match="vllm with tp 3 needs .* of 24, and this model can only have 32"):
+        export_hf(whole, tmp_path / "hf", runtime="vllm", tp=3)
+    with pytest.raises(InputError, match="64 to 128.*--to dense"):
+        export_hf(whole, tmp_path / "hf", runtime="awq")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dinov2", "sliced"]
+
+
 def test_a_site_left_out_of_the_selection_keeps_the_dense_width(tmp_path: Path) -> None:
     model, batch = tiny.build("llama")
     stt.apply(model, {"model.layers.1.mlp": [3, 5, 8]})

@@ -35,6 +35,9 @@ BAD = {
     "restored and compensated": (["--preset", "best", "--eval_restored"], "--compensate none"),
     "a part for nothing": (["--select_on", "answer", "--mode", "baseline"], "selects nothing"),
     "padding of the answer": (["--select_on", "answer", "--count_padding"], "give one of them"),
+    "width without a selection": (["--width", "uniform", "--mode", "baseline"], "keeps all"),
+    "no width": (["--width", "buckets:0"], "width must be free, uniform or buckets:N"),
+    "no multiple": (["--multiple_of", "0"], "multiple_of must be 1 or more"),
     "too short": (["--max_length", "3"], "max_length"),
 }
 
