@@ -25,8 +25,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from stt.errors import InputError
 from stt.mlps.stt_linear import STTLinear
+from stt.narrow import parts_of, put_back
 from stt.selection import FORMAT_VERSION, SELECTION, Selection
-from stt.sites import find_sites, projection_weight
+from stt.sites import find_sites
 from stt.stt_transformer import apply, selection_for
 from stt.surgery import head_is_tied, narrow_state, untie_head
 
@@ -112,8 +113,8 @@ def restore(sliced: PreTrainedModel, dense: PreTrainedModel) -> None:
     sites = find_sites(dense)
     selection_for(sites, selection)  # raises for another model
     values, target = narrow_state(sliced), dense.state_dict()
-    members = [(sites[name], member, ids) for name, ids in selection.items() for member in sites[name].members]
-    of_sites = {f"{member.module}.{part}" for _, member, _ in members for part in ("weight", "bias")}
+    parts = parts_of(dense, [sites[name] for name in selection], selection)
+    of_sites = {name for tensor in parts for name in aliases(dense, tensor)}
     others = {name: value for name, value in values.items() if name not in of_sites}
     expected = {name: value for name, value in target.items() if name not in of_sites}
     _check_no_adapter(others, expected.keys())
@@ -123,23 +124,26 @@ def restore(sliced: PreTrainedModel, dense: PreTrainedModel) -> None:
         untie_head(dense)
         target = dense.state_dict()
     with torch.no_grad():
-        for site, member, ids in members:
-            module = dense.get_submodule(member.module)
-            weight = projection_weight(module)
-            channels = site.pick(member, ids).to(weight.device)
-            _fill(weight, 0 if member.side == "out" else 1, channels, values.pop(f"{member.module}.weight"))
-            bias = values.pop(f"{member.module}.bias", None)
-            if bias is not None:
-                _fill(module.bias, 0, channels if member.side == "out" else torch.arange(len(bias)), bias)
-        for name, value in values.items():
+        for name, of_tensor in parts.items():
+            put_back(target[name], of_tensor, as_stored(dense, name, values[name]))
+        for name, value in others.items():
             target[name].copy_(value)
 
 
-def _fill(tensor: Tensor, dim: int, channels: Tensor, values: Tensor) -> None:
-    tensor.index_copy_(dim, channels.to(tensor.device), values.to(tensor))
-
-
 # ---------------------------------------------------------------- a model and its tensors
+
+
+def aliases(model: nn.Module, tensor: str) -> list[str]:
+    """All names of a tensor in the state dict of a model: shared ones have several."""
+    state = model.state_dict(keep_vars=True)
+    return [name for name, value in state.items() if value is state[tensor]]
+
+
+def as_stored(model: nn.Module, tensor: str, value: Tensor) -> Tensor:
+    """The weight of an STTLinear as the model it was made from stores it: a Conv1D keeps its transpose."""
+    owner, _, attribute = tensor.rpartition(".")
+    is_transposed = isinstance(model.get_submodule(owner), Conv1D) and attribute == "weight"
+    return value.T if is_transposed else value
 
 
 def cast_floats(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -7,6 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from stt.errors import InputError
+
+UNFIT = (AttributeError, TypeError, ValueError, RuntimeError, LookupError, AssertionError, ArithmeticError,
+         OSError)  # how a model refuses a batch
 TOKENS = 6  # enough positions to tell a layer that mixes them from one that does not
 
 
@@ -22,6 +26,19 @@ def dummy_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         if "use_cache" in accepted:
             inputs["use_cache"] = False
         yield inputs
+
+
+def fitting_inputs(model: nn.Module) -> dict[str, Tensor]:
+    """The first made-up batch that the model takes. Raises InputError if it takes none."""
+    for inputs in dummy_inputs(model):
+        try:
+            with torch.no_grad():
+                model(**inputs)
+        except UNFIT:
+            continue
+        return inputs
+    raise InputError(f"cannot make up {model.main_input_name!r} for {type(model).__name__}: pass a batch of your data "
+                     "as example=...")
 
 
 def _ids(model: nn.Module) -> Iterator[Tensor]:

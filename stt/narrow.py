@@ -3,7 +3,7 @@ lose the channels of the removed units."""
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,18 +16,35 @@ from stt.sites import Member, Site
 Parts = Sequence[tuple[Member, Tensor]]  # of one tensor: what stands in it, and the channels to keep
 
 
-def narrowed_tensors(model: nn.Module, sites: Sequence[Site], units: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The kept part of every tensor of these sites, by name; nothing is changed. `units` are the kept ids by site.
-
-    Raises InputError if experts of one stack keep different numbers of units, or only some of them are cut.
-    """
+def parts_of(model: nn.Module, sites: Iterable[Site], units: Mapping[str, Tensor]) -> dict[str, Parts]:
+    """What of every tensor of these sites belongs to the given units, by name of the tensor."""
     parts: dict[str, list[tuple[Member, Tensor]]] = defaultdict(list)
     for site in sites:
         for member in (*site.members, *site.along):
             for each in (member, *_beside(model, member)):
                 parts[each.tensor].append((each, site.pick(each, units[site.name])))
+    return parts
+
+
+def narrowed_tensors(model: nn.Module, sites: Sequence[Site], units: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The kept part of every tensor of these sites, by name; nothing is changed. `units` are the kept ids by site.
+
+    Raises InputError if experts of one stack keep different numbers of units, or only some of them are cut.
+    """
     _check_groups(sites, units)
-    return {name: _kept(_tensor(model, name).detach(), of_tensor) for name, of_tensor in parts.items()}
+    return {name: _kept(_tensor(model, name).detach(), of_tensor)
+            for name, of_tensor in parts_of(model, sites, units).items()}
+
+
+def put_back(tensor: Tensor, parts: Parts, narrow: Tensor) -> None:
+    """Write what `narrowed_tensors` took out into its place, in place; the rest stays."""
+    narrow = narrow.to(tensor)
+    member = parts[0][0]
+    if member.expert is None:
+        tensor.index_copy_(member.axis, _every(parts).to(tensor.device), narrow)
+        return
+    for expert, channels in _by_expert(parts, len(tensor)).items():
+        tensor[expert].index_copy_(member.axis - 1, channels.to(tensor.device), narrow[expert])
 
 
 def narrow(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -101,16 +118,23 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
 
 
 def _kept(tensor: Tensor, parts: Parts) -> Tensor:
-    """The channels of all parts: along the axis, or in a stack along the axis of each expert. An expert without a part
-    (nothing reads it) keeps the first channels."""
-    member, channels = parts[0]
+    """The channels of all parts: along the axis, or in a stack along the axis of each expert."""
+    member = parts[0][0]
     if member.expert is None:
-        every = torch.cat([channels for _, channels in parts]).sort().values
-        return tensor.index_select(member.axis, every.to(tensor.device))
-    of_expert = {member.expert: channels for member, channels in parts}
-    first = torch.arange(len(channels))
-    return torch.stack([tensor[expert].index_select(member.axis - 1, of_expert.get(expert, first).to(tensor.device))
-                        for expert in range(len(tensor))])
+        return tensor.index_select(member.axis, _every(parts).to(tensor.device))
+    return torch.stack([tensor[expert].index_select(member.axis - 1, channels.to(tensor.device))
+                        for expert, channels in _by_expert(parts, len(tensor)).items()])
+
+
+def _every(parts: Parts) -> Tensor:
+    return torch.cat([channels for _, channels in parts]).sort().values
+
+
+def _by_expert(parts: Parts, count: int) -> dict[int, Tensor]:
+    """The channels of every expert; one without a part (nothing reads it) has the first ones."""
+    given = {member.expert: channels for member, channels in parts}
+    first = torch.arange(len(parts[0][1]))
+    return {expert: given.get(expert, first) for expert in range(count)}
 
 
 def _remember_sizes(module: nn.Module, old: Sequence[int], new: Sequence[int]) -> None:

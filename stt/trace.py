@@ -17,14 +17,13 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from stt.dummy import UNFIT
 from stt.errors import InputError
 from stt.products import DEPTHWISE, PRODUCTS, Layout, Product, is_copy, is_view, standing
 
 DTYPE, DEVICE, DATA = torch.Tensor.dtype.__get__, torch.Tensor.device.__get__, torch.Tensor.data.__get__  # use ==
 GET = "__get__"  # of a property of a tensor: shape, requires_grad, T ...
 NORMS = (F.batch_norm, torch.batch_norm)
-UNFIT = (AttributeError, TypeError, ValueError, RuntimeError, IndexError, KeyError, NotImplementedError, AssertionError,
-         ArithmeticError, OSError)  # how a model refuses a made-up batch
 
 
 @dataclass

@@ -1,0 +1,150 @@
+"""The plain config whose model has the widths of a sliced one: found by value, verified by the shapes of all tensors.
+"""
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import logging
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from stt import serving
+from stt.checkpoint import aliases, empty_model
+from stt.errors import InputError
+from stt.narrow import parts_of
+from stt.sites import Sites
+
+logger = logging.getLogger(__name__)
+
+Keys = tuple[str | int, ...]  # where a value stands in a nested config
+Entry = tuple[Keys, object, set[int]]  # where, the value, the whole numbers beside it
+Widths = dict[int, int]  # dense width of a site -> width in the exported model
+Change = tuple[dict[Keys, object], Widths]  # new config values, and the widths they give
+Shapes = dict[str, tuple[int, ...]]
+UNFIT = (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AttributeError, AssertionError,
+         StrictDataclassError)  # how a config or a model class refuses a value
+
+
+def narrow_config(sliced: PreTrainedModel, dense: PreTrainedModel, sites: Sites, multiple_of: int,
+                  beyond_dense: bool) -> tuple[PreTrainedConfig, Widths]:
+    """The first config whose model has exactly the shapes of the padded one, and its widths. `dense` is the model the
+    selection was made on, on the meta device, and `sites` are its sites.
+
+    Raises InputError if there is none.
+    """
+    data = dense.config.to_dict()
+    needed = _needed_widths(sliced, multiple_of, beyond_dense)
+    for changes, widths in _candidates(list(_entries(data, dense.config)), needed):
+        wanted = _padded_shapes(sliced, dense, sites, widths)
+        try:
+            config = type(dense.config).from_dict(_changed(data, changes))
+            plain = empty_model(type(sliced), config, None, "meta")
+        except UNFIT:
+            continue
+        if {name: tuple(value.shape) for name, value in plain.state_dict().items()} == wanted:
+            said = ", ".join(f"{'.'.join(keys)} = {value}" for keys, value in changes.items())
+            logger.info("changed in the config: %s", said or "nothing")
+            return config, widths
+    raise InputError(f"{type(sliced).__name__} has no config entry that gives its feed-forward blocks, and nothing "
+                     f"else, another width ({', '.join(f'{old} to {new}' for old, new in needed.items())}): export "
+                     "with --to dense, or load the checkpoint with stt.load")
+
+
+def _needed_widths(sliced: PreTrainedModel, multiple_of: int, beyond_dense: bool) -> Widths:
+    """For each dense width the kept units of the widest such site, rounded up, at most the dense width unless
+    `beyond_dense`; a site that the selection leaves out keeps all its units."""
+    needed: Widths = {}
+    kept = {site: len(ids) for site, ids in sliced.stt_selection.items()} | left_out(sliced)
+    for site, width in sliced.stt_selection.widths.items():
+        rounded = serving.rounded_up(kept[site], multiple_of)
+        needed[width] = max(needed.get(width, 0), rounded if beyond_dense else min(rounded, width))
+    return needed
+
+
+def left_out(sliced: PreTrainedModel) -> dict[str, int]:
+    """Dense widths of the sites that the selection leaves as they are."""
+    selection = sliced.stt_selection
+    return {site: width for site, width in selection.widths.items() if site not in selection}
+
+
+def _entries(data: Mapping[str, object], config: PreTrainedConfig, above: Keys = ()) -> Iterator[Entry]:
+    """Every entry of a config and of the configs in it."""
+    numbers = {value for value in data.values() if type(value) is int}
+    for key, value in data.items():
+        if key in config.sub_configs and isinstance(value, dict):
+            yield from _entries(value, getattr(config, key), (*above, key))
+        else:
+            yield (*above, key), value, numbers
+            elements = enumerate(value) if type(value) is list else ()
+            yield from (((*above, key, i), each, numbers) for i, each in elements)
+
+
+def _candidates(entries: list[Entry], needed: Widths) -> Iterator[Change]:
+    """Changes of the config that may give the needed widths: of entries that hold a dense width (fewest first), then of
+    one that holds its ratio to the hidden size, then of one that is unset."""
+    if all(old == new for old, new in needed.items()):
+        yield {}, needed
+    equal = [(keys, needed[value]) for keys, value, _ in entries if type(value) is int and value in needed]
+    for count in (*range(1, min(len(equal), 4) + 1), len(equal)):
+        yield from ((dict(chosen), needed) for chosen in itertools.combinations(equal, count))
+    yield from _lists_of_ratios(entries, needed)
+    for keys, value, numbers in entries:
+        if type(value) in (int, float) and value > 0:
+            yield from (({keys: ratio}, widths) for ratio, widths in _ratios(value, numbers, needed))
+    if len(needed) == 1:
+        yield from (({keys: new}, needed) for keys, value, _ in entries if value is None for new in needed.values())
+
+
+def _lists_of_ratios(entries: list[Entry], needed: Widths) -> Iterator[Change]:
+    """One ratio of width to hidden size for each of several stages."""
+    lists = {keys: value for keys, value, _ in entries if type(value) is list
+             and all(type(each) in (int, float) for each in value)}
+    for keys, ratios in lists.items():
+        for hidden in lists.values():
+            old = [round(ratio * size) for ratio, size in zip(ratios, hidden, strict=False)]
+            if len(hidden) == len(ratios) and hidden is not ratios and set(old) == set(needed):
+                yield {keys: [needed[width] / size for width, size in zip(old, hidden, strict=True)]}, needed
+
+
+def _ratios(ratio: float, numbers: set[int], needed: Widths) -> Iterator[tuple[float, Widths]]:
+    """Smaller ratios of width to hidden size that hold the needed widths, and the widths they give: the exact one, then
+    the next whole one, for a config that takes no other."""
+    smallest = min(needed)
+    hidden = round(smallest / ratio)
+    if hidden * ratio != smallest or hidden not in numbers:
+        return
+    width = max(-(-new * smallest // old) for old, new in needed.items())
+    exact = width / hidden
+    exact = exact if int(hidden * exact) == width else math.nextafter(exact, math.inf)
+    for smaller in (exact, math.ceil(width / hidden)):
+        widths = {old: round(old / ratio * smaller) for old in needed}
+        if smaller < ratio and all(widths[old] >= new for old, new in needed.items()):
+            yield smaller, widths
+
+
+def _padded_shapes(sliced: PreTrainedModel, dense: PreTrainedModel, sites: Sites, widths: Widths) -> Shapes:
+    """The shape of every tensor of the plain model with these widths; `dense` is on the meta device."""
+    shapes = {name: tuple(value.shape) for name, value in dense.state_dict().items()}
+    selected = [sites[name] for name in sliced.stt_selection]
+    everything = {site.name: torch.arange(site.width) for site in selected}
+    width_of = {tensor: site.width for site in selected for tensor in parts_of(dense, [site], everything)}
+    for name, parts in parts_of(dense, selected, everything).items():
+        axis, old = parts[0][0].axis, width_of[name]
+        for alias in aliases(dense, name):
+            shape = list(shapes[alias])
+            shape[axis] = shape[axis] // old * widths[old]
+            shapes[alias] = tuple(shape)
+    return shapes
+
+
+def _changed(data: Mapping[str, object], changes: Mapping[Keys, object]) -> dict[str, object]:
+    data = copy.deepcopy(dict(data))
+    for keys, value in changes.items():
+        owner = functools.reduce(lambda inner, key: inner[key], keys[:-1], data)
+        owner[keys[-1]] = value
+    return data
