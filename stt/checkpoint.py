@@ -9,26 +9,27 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from stt.errors import InputError
+from stt.hub import METHOD, check_version, is_entry
 from stt.mlps.stt_linear import STTLinear
 from stt.narrow import parts_of, put_back
-from stt.selection import FORMAT_VERSION, SELECTION, Selection
+from stt.selection import SELECTION, Selection
 from stt.sites import find_sites
-from stt.stt_transformer import apply, selection_for
+from stt.stt_transformer import selection_for
 from stt.surgery import head_is_tied, narrow_state, untie_head
 
 logger = logging.getLogger(__name__)
@@ -48,18 +49,11 @@ def save(model: PreTrainedModel, directory: str | Path, tokenizer: PreTrainedTok
     selection = _selection_of(model)
     if not is_sliced(Path(directory)):
         check_free(Path(directory))
-    state = narrow_state(model)
-    config = copy.deepcopy(model.config)
     kind = _named_class(type(model).__name__, f"a {type(model).__name__}")
-    _check_no_adapter(state, empty_model(kind, config, config.dtype, "meta").state_dict().keys() | _down_biases(model))
-    config.architectures = [kind.__name__]
-    config.dtype = config.dtype or model.dtype
+    plain = empty_model(kind, copy.deepcopy(model.config), model.config.dtype, "meta")
+    _check_no_adapter(model.state_dict(), plain.state_dict().keys() | _down_biases(model))
     with written_whole(Path(directory)) as part:
-        config.save_pretrained(part)
-        save_file(_each_once(state), part / WEIGHTS, metadata={"format": "pt"})
-        selection.save(part / SELECTION)
-        if model.can_generate():
-            model.generation_config.save_pretrained(part)
+        model.save_pretrained(part)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
     logger.info("saved %d sliced sites to %s", len(selection), directory)
@@ -69,33 +63,23 @@ def save(model: PreTrainedModel, directory: str | Path, tokenizer: PreTrainedTok
 def load(directory: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
          example: Mapping[str, Tensor] | None = None) -> PreTrainedModel:
     """The sliced model that `save` wrote: compact, in evaluation mode, every parameter in the dtype it was saved in
-    (or all in `dtype`; a model of several dtypes runs under autocast).
+    (or in `dtype`; a model of several dtypes runs under autocast).
 
-    `example` is a batch for models whose input cannot be made up, as for find_sites. Raises InputError for a folder
-    that is missing, plain, damaged, or from a newer version.
+    `from_pretrained` of the class the config names, but strict. `example` is a batch for models whose input cannot be
+    made up, as for find_sites. Raises InputError for a folder that is missing, plain, damaged, or from a newer version.
 
     >>> model = stt.load("checkpoint")
     """
     directory = Path(directory)
-    entry = _sliced_entry(directory)
-    selection = Selection.load(directory / SELECTION)
+    _check_sliced(directory)
+    for path in _weight_files(directory):
+        with _reading(path), safe_open(path, "pt"):
+            pass
     kind, config = class_and_config(directory)
-    state = read_weights(directory) if dtype is None else cast_floats(read_weights(directory), dtype)
-    model = empty_model(kind, config, dtype or config.dtype)
-    narrow = _load_unsliced(model, state, directory)
-    find_sites(model, example)  # stays on the model, for apply
-    apply(model, selection)
-    model.config.stt |= {key: entry[key] for key in ("base", "compensate") if key in entry}
-    if model.config.stt["sites"] != entry["sites"]:
-        raise InputError(f"{directory / SELECTION} is not the selection {directory / CONFIG} speaks of: "
-                         "restore the files that were saved together")
-    for name in state.keys() & _down_biases(model):
-        model.get_submodule(name.removesuffix(".bias")).bias = nn.Parameter(state[name])
-    _check_shapes(model.state_dict(), state, directory)
-    model.load_state_dict(narrow, strict=False, assign=True)
-    if (directory / GENERATION).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(directory)
-    model.eval()
+    config.quantization_config = {"quant_method": METHOD, "example": example, "keep_dtypes": dtype is None}
+    model, info = kind.from_pretrained(str(directory), config=config, dtype=dtype or "auto", output_loading_info=True,
+                                       ignore_mismatched_sizes=True)
+    _check_complete(info, directory)
     return model if device is None else model.to(device)
 
 
@@ -167,14 +151,20 @@ def class_and_config(directory: Path) -> tuple[type[PreTrainedModel], PreTrained
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
     """Tensors of a sliced checkpoint by name. Raises InputError if they are missing or damaged."""
-    _sliced_entry(directory)
+    _check_sliced(directory)
     state: dict[str, Tensor] = {}
     for path in _weight_files(directory):
-        try:
+        with _reading(path):
             state |= load_file(path)
-        except SafetensorError as error:
-            raise InputError(f"{path} is damaged or cut short ({error}): copy or save the checkpoint again") from error
     return state
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged or cut short ({error}): copy or save the checkpoint again") from error
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -220,28 +210,17 @@ def _down_biases(model: nn.Module) -> set[str]:
             and isinstance(layer, STTLinear) and layer.in_indices is not None}
 
 
-def _load_unsliced(model: PreTrainedModel, state: Mapping[str, Tensor], directory: Path) -> dict[str, Tensor]:
-    """Load what has the dense shape and tie what is tied; the rest, which all belongs to linear layers.
-
-    The forward pass that finds the sites then sees real values: it multiplies no weight, and the biases are zero.
-    """
-    dense = model.state_dict()
-    of_linear = {f"{name}.{part}" for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
-                 for part in ("weight", "bias")}
-    _check_shapes(dense, {name: value for name, value in state.items() if name not in of_linear}, directory)
-    narrow = {name: value for name, value in state.items() if name in dense and value.shape != dense[name].shape}
-    unsliced = {name: value for name, value in state.items() if name not in narrow}
-    model.load_state_dict(unsliced, strict=False, assign=True)
-    model.tie_weights(missing_keys=dense.keys() - state.keys(), recompute_mapping=False)
-    live = model.state_dict(keep_vars=True)
-    given = {id(live[name]) for name in state if name in live}
-    absent = [name for name, value in live.items() if id(value) not in given]
-    if absent:
-        raise InputError(f"{directory} lacks {len(absent)} tensors of the model (first: {absent[0]!r}): save it again")
-    for name in narrow:
-        if live[name].ndim == 1:
-            live[name].data.zero_()
-    return narrow
+def _check_complete(info: Mapping[str, Iterable], directory: Path) -> None:
+    """Raises InputError unless the file held every tensor of the model, in its shape, and no other."""
+    for name, given, wanted in sorted(info["mismatched_keys"]):
+        raise InputError(f"{name!r} of {directory} is {tuple(given)}, expected {tuple(wanted)}: "
+                         "both must be of one and the same model")
+    if info["unexpected_keys"]:
+        raise InputError(f"{directory} holds {min(info['unexpected_keys'])!r}, and its class has no such tensor: "
+                         "both must be of one and the same model")
+    if info["missing_keys"]:
+        raise InputError(f"{directory} lacks {len(info['missing_keys'])} tensors of the model (first: "
+                         f"{min(info['missing_keys'])!r}): save it again")
 
 
 def _check_shapes(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], origin: str | Path) -> None:
@@ -252,21 +231,13 @@ def _check_shapes(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], o
                              "both must be of one and the same model")
 
 
-def _each_once(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tied tensors under the first of their names only: the file format has no aliases, tying brings them back."""
-    first: dict[tuple[int, torch.Size], str] = {}
-    for name, value in state.items():
-        first.setdefault((value.data_ptr() if value.numel() else id(value), value.shape), name)
-    return {name: state[name].contiguous() for name in first.values()}
-
-
 # ---------------------------------------------------------------- folders
 
 
 def is_sliced(directory: Path) -> bool:
     """True if the folder is a sliced checkpoint."""
     try:
-        return (directory / SELECTION).is_file() and _entry_in(_config_of(directory)) is not None
+        return (directory / SELECTION).is_file() and is_entry(_config_of(directory).get("stt"))
     except InputError:
         return False
 
@@ -319,19 +290,10 @@ def _json(path: Path) -> dict[str, object]:
         raise InputError(f"{path} is not readable JSON ({error}): save the checkpoint again") from error
 
 
-def _entry_in(config: dict[str, object]) -> dict[str, object] | None:
-    entry = config.get("stt")
-    is_ours = isinstance(entry, dict) and isinstance(entry.get("format_version"), int) and "sites" in entry
-    return entry if is_ours else None
-
-
-def _sliced_entry(directory: Path) -> dict[str, object]:
-    """The `stt` entry of a checkpoint's config, of a version we can read."""
-    entry = _entry_in(_config_of(directory))
-    if entry is None:
+def _check_sliced(directory: Path) -> None:
+    """Raises InputError unless the folder is a sliced checkpoint of a version we can read."""
+    entry = _config_of(directory).get("stt")
+    if not is_entry(entry):
         raise InputError(f"{directory} is a plain Hugging Face model, not a sliced checkpoint: load it with "
                          "from_pretrained")
-    if entry["format_version"] > FORMAT_VERSION:
-        raise InputError(f"{directory} has format {entry['format_version']}, this version reads up to "
-                         f"{FORMAT_VERSION}: update stt")
-    return entry
+    check_version(entry, directory)

@@ -15,8 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from stt import serving
+from stt.card import CARD
 from stt.checkpoint import (
     CONFIG,
     GENERATION,
@@ -177,7 +179,8 @@ def _first_output(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tenso
 
 
 def _copy_tokenizer(directory: Path, part: Path) -> None:
-    """Copy every file that is neither weights nor configuration."""
+    """Copy every file that is neither weights, configuration nor the card of the sliced model."""
+    others = (CONFIG, GENERATION, SAFE_WEIGHTS_INDEX_NAME, CARD)
     for path in directory.iterdir():
-        if path.is_file() and path.suffix != ".safetensors" and path.name not in (CONFIG, GENERATION):
+        if path.is_file() and path.suffix != ".safetensors" and path.name not in others:
             shutil.copy2(path, part)

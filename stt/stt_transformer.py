@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from stt.card import write_card
 from stt.errors import InputError
+from stt.hub import HUB_OPTIONS, check_not_quantized, declared_sliced, push_to_hub
 from stt.mlps.fused import fuse_block
 from stt.mlps.stt_linear import SiteLayout, STTLinear
 from stt.narrow import narrow, narrowed_tensors, remember_widths
@@ -33,6 +35,7 @@ class STTTransformer:
     def __init__(self, model: nn.Module, active_neurons: Mapping[str, Ids],
                  layer_name_map: Mapping[str, str] | None = None, device: torch.device | str | None = None,
                  verbose: bool = False, inference_time: bool = False):
+        check_not_quantized(model)
         self.model = model if device is None else model.to(device)
         self.inference_time = inference_time
         self.verbose = verbose
@@ -60,6 +63,7 @@ class STTTransformer:
             fuse_block(self.model, site)
         self.model.stt_selection = self.selection.without_new_values()
         self.model.save_pretrained = functools.partial(_save_pretrained, self.model)
+        self.model.push_to_hub = functools.partial(push_to_hub, self.model)
         sizes = {name: [len(ids), self.sites[name].width] for name, ids in self.selection.items()}
         base = self.model.config.name_or_path or None
         self.model.config.stt = {"format_version": FORMAT_VERSION, "base": base, "sites": sizes}
@@ -117,17 +121,20 @@ def _fill(layer: STTLinear, part: str, value: torch.Tensor | None) -> None:
 
 def _save_pretrained(model: PreTrainedModel, save_directory: str | Path, is_main_process: bool = True,
                      state_dict: Mapping[str, torch.Tensor] | None = None, push_to_hub: bool = False,
-                     **kwargs: object) -> object:
-    """The class's save_pretrained without padding, and the selection beside it: `stt.load` reads what any Trainer
-    saves."""
-    if push_to_hub:
-        raise InputError("a sliced model is uploaded as a folder, with its selection: save it, then use "
-                         "huggingface_hub.upload_folder, or export it first (stt export)")
-    result = type(model).save_pretrained(model, save_directory, is_main_process, narrow_state(model, state_dict),
-                                         **kwargs)
-    if is_main_process:
+                     repo_id: str | None = None, **kwargs: object) -> None:
+    """The class's save_pretrained without padding, and beside it the selection and, where there is none yet, a card:
+    what any Trainer saves is read by `stt.load` and, after `import stt`, by `from_pretrained`."""
+    check_not_quantized(model)
+    upload = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+    upload |= {"max_shard_size": kwargs["max_shard_size"]} if "max_shard_size" in kwargs else {}
+    with declared_sliced(model):
+        type(model).save_pretrained(model, save_directory, is_main_process, narrow_state(model, state_dict), **kwargs)
+    is_adapter_alone = getattr(model, "_hf_peft_config_loaded", False)
+    if is_main_process and not is_adapter_alone:
         model.stt_selection.save(Path(save_directory) / SELECTION)
-    return result
+        write_card(model, Path(save_directory))
+    if is_main_process and push_to_hub:
+        model.push_to_hub(repo_id or Path(save_directory).name, **upload)
 
 
 def apply(model: nn.Module, selection: Mapping[str, Ids]) -> nn.Module:

@@ -271,8 +271,6 @@ def test_save_pretrained_leaves_the_padding_out(tmp_path: Path) -> None:
     for folder in ("model", "gathered"):
         for actual, value in zip(tiny.outputs(stt.load(tmp_path / folder), batch), expected, strict=True):
             assert torch.equal(actual, value)
-    with pytest.raises(InputError, match="a sliced model is uploaded as a folder, with its selection"):
-        model.save_pretrained(tmp_path / "model", push_to_hub=True)
 
 
 def test_removed_units_cannot_be_put_back_beside_compensated_ones(tmp_path: Path) -> None:

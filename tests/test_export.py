@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 import stt
-from stt import export
+from stt import export, widths
 from stt.errors import InputError
 from stt.export import export_dense, export_hf
 from stt.sites import find_sites
@@ -183,9 +183,9 @@ def test_ratios_give_exactly_the_width() -> None:
     """A model makes its width as int(hidden * ratio): 49 * (1 / 49) is less than 1."""
     for hidden in range(1, 80):
         for width in range(1, 4 * hidden):
-            (ratio, widths), *whole = export._ratios(4, {hidden}, {4 * hidden: width})
-            assert int(hidden * ratio) == widths[4 * hidden] == width
-            assert all(int(hidden * ratio) == widths[4 * hidden] >= width for ratio, widths in whole)
+            (ratio, given), *whole = widths._ratios(4, {hidden}, {4 * hidden: width})
+            assert int(hidden * ratio) == given[4 * hidden] == width
+            assert all(int(hidden * ratio) == given[4 * hidden] >= width for ratio, given in whole)
 
 
 def test_a_whole_ratio_that_cannot_shrink_is_refused(tmp_path: Path) -> None:
