@@ -33,12 +33,35 @@ UNFIT = (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, Attr
 def narrow_config(sliced: PreTrainedModel, dense: PreTrainedModel, sites: Sites, multiple_of: int,
                   beyond_dense: bool) -> tuple[PreTrainedConfig, Widths]:
     """The first config whose model has exactly the shapes of the padded one, and its widths. `dense` is the model the
-    selection was made on, on the meta device, and `sites` are its sites.
+    selection was made on, on the meta device, and `sites` are its sites. Where no entry sets a width (of one tower,
+    say), those blocks are padded back to their dense width.
 
-    Raises InputError if there is none.
+    Raises InputError if no width can be set.
     """
-    data = dense.config.to_dict()
     needed = _needed_widths(sliced, multiple_of, beyond_dense)
+    for some in _fewer_and_fewer(needed):
+        found = _fitting_config(sliced, dense, sites, some)
+        if found is not None:
+            whole = sorted(width for width in needed if some[width] == width > needed[width])
+            if whole:
+                logger.warning("no config entry sets the width of the blocks that are %s wide in the dense model: they "
+                               "are padded back to that", " and ".join(map(str, whole)))
+            return found
+    raise InputError(f"{type(sliced).__name__} has no config entry that gives its feed-forward blocks, and nothing "
+                     f"else, another width ({', '.join(f'{old} to {new}' for old, new in needed.items())}): export "
+                     "with --to dense, or load the checkpoint with stt.load")
+
+
+def _fewer_and_fewer(needed: Widths) -> Iterator[Widths]:
+    """The widths, then with one left dense, then with more, but not all."""
+    for count in range(len(needed)):
+        for whole in itertools.combinations(needed, count):
+            yield needed | {width: width for width in whole}
+
+
+def _fitting_config(sliced: PreTrainedModel, dense: PreTrainedModel, sites: Sites,
+                    needed: Widths) -> tuple[PreTrainedConfig, Widths] | None:
+    data = dense.config.to_dict()
     for changes, widths in _candidates(list(_entries(data, dense.config)), needed):
         wanted = _padded_shapes(sliced, dense, sites, widths)
         try:
@@ -47,12 +70,10 @@ def narrow_config(sliced: PreTrainedModel, dense: PreTrainedModel, sites: Sites,
         except UNFIT:
             continue
         if {name: tuple(value.shape) for name, value in plain.state_dict().items()} == wanted:
-            said = ", ".join(f"{'.'.join(keys)} = {value}" for keys, value in changes.items())
+            said = ", ".join(f"{'.'.join(map(str, keys))} = {value}" for keys, value in changes.items())
             logger.info("changed in the config: %s", said or "nothing")
             return config, widths
-    raise InputError(f"{type(sliced).__name__} has no config entry that gives its feed-forward blocks, and nothing "
-                     f"else, another width ({', '.join(f'{old} to {new}' for old, new in needed.items())}): export "
-                     "with --to dense, or load the checkpoint with stt.load")
+    return None
 
 
 def _needed_widths(sliced: PreTrainedModel, multiple_of: int, beyond_dense: bool) -> Widths:
@@ -89,7 +110,8 @@ def _candidates(entries: list[Entry], needed: Widths) -> Iterator[Change]:
     one that holds its ratio to the hidden size, then of one that is unset."""
     if all(old == new for old, new in needed.items()):
         yield {}, needed
-    equal = [(keys, needed[value]) for keys, value, _ in entries if type(value) is int and value in needed]
+    equal = [(keys, needed[value]) for keys, value, _ in entries
+             if type(value) is int and needed.get(value, value) != value]
     for count in (*range(1, min(len(equal), 4) + 1), len(equal)):
         yield from ((dict(chosen), needed) for chosen in itertools.combinations(equal, count))
     yield from _lists_of_ratios(entries, needed)
