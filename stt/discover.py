@@ -207,21 +207,20 @@ class _Found:
 
     def left_out(self, sites: Sequence[Site]) -> Iterator[LeftOut]:
         """What was refused, what no trace called, and stacks that are no site. It is a loss unless the sites of the
-        same layer hold more weights: a low-rank pair of an attention layer is none, beside a feed-forward block."""
+        same layer hold more weights: a low-rank pair of an attention layer is none, beside a feed-forward block.
+        Attention that was never called is none, either, where the layer has a site."""
         members = {member.tensor for site in sites for member in site.members}
         for name, (reason, tensors) in self.refused.items():
             if is_repeated(self.model, f"{name}.weight"):
-                yield LeftOut(name, reason, self._weights(tensors) >= self._beside(name, members, outermost=True))
-        never = sorted(self.never_called())
-        for name in never:
+                yield LeftOut(name, reason, self._weights(tensors) >= self._beside(name, members))
+        for name in sorted(self.never_called()):
             layer = _layer(self.model, name)
-            idle = self._weights(other for other in never if other.startswith(layer))
             reason = "never called by the dummy input (an idle expert or an unused tower)"
-            yield LeftOut(_module_of(name), reason, idle > self._beside(name, members))
+            yield LeftOut(_module_of(name), reason, not any(member.startswith(layer) for member in members))
         for name, module in self.model.named_modules():
             if isinstance(module, nn.modules.conv._ConvNd) and 1 < module.groups < module.out_channels \
-                    and is_repeated(self.model, f"{name}.weight"):
-                is_loss = module.weight.numel() > self._beside(f"{name}.weight", members, outermost=True)
+                    and set(module.kernel_size) == {1} and is_repeated(self.model, f"{name}.weight"):
+                is_loss = module.weight.numel() > self._beside(f"{name}.weight", members)
                 yield LeftOut(name, "a convolution in groups of channels", is_loss)
         refused = {tensor for _, tensors in self.refused.values() for tensor in tensors}
         for name in sorted(self.seen - members - refused):
@@ -229,14 +228,14 @@ class _Found:
             value = getattr(self.model.get_submodule(owner), attribute, None)
             if isinstance(value, nn.Parameter) and _is_stack(self.model.get_submodule(owner), value):
                 reason = "a stack of weights of no known structure"
-                yield LeftOut(name, reason, value.numel() > self._beside(name, members, outermost=True))
+                yield LeftOut(name, reason, value.numel() > self._beside(name, members))
 
     def _weights(self, tensors: Iterable[str]) -> int:
         return sum(math.prod(self.shapes[name]) for name in tensors)
 
-    def _beside(self, name: str, members: Collection[str], outermost: bool = False) -> int:
+    def _beside(self, name: str, members: Collection[str]) -> int:
         """Weights of the sites in the layer of `name`."""
-        layer = _layer(self.model, name, outermost)
+        layer = _layer(self.model, name, outermost=True)
         return self._weights(member for member in members if member.startswith(layer))
 
 

@@ -54,8 +54,8 @@ def _ids(model: nn.Module) -> Iterator[Tensor]:
 def _pictures(model: nn.Module) -> Iterator[Tensor]:
     """(2, C, H, W): as large as the config says, or as pictures usually are."""
     channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
-    stated = getattr(model.config, "image_size", None)
-    for size in (stated, 64, 224):
+    configs = (model.config, getattr(model.config, "vision_config", None))
+    for size in (*(getattr(config, "image_size", None) for config in configs), 64, 224):
         if size:
             yield _random(2, channels, *(size if isinstance(size, list | tuple) else (size, size)))
 
@@ -65,9 +65,9 @@ def _spectrograms(model: nn.Module) -> Iterator[Tensor]:
     layers = (m for m in model.modules() if isinstance(m, nn.Conv1d | nn.Linear))
     first = [next((m.in_channels if isinstance(m, nn.Conv1d) else m.in_features for m in layers), 80)]
     stated = [getattr(model.config, name, None) for name in ("num_mel_bins", "feature_size", "input_dim")]
-    positions = getattr(model.config, "max_source_positions", None)
+    positions, longest = (getattr(model.config, name, None) for name in ("max_source_positions", "max_length"))
     for bins in dict.fromkeys(size for size in (*stated, *first) if size):
-        for frames in (2 * positions if positions else 64, 64):
+        for frames in (2 * positions if positions else longest or 64, 64):
             yield _random(2, bins, frames)
             yield _random(2, frames, bins)
 

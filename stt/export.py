@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
@@ -175,7 +176,8 @@ def _without_entry(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def _first_output(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
     with torch.no_grad():
-        return model(**inputs)[0]
+        leaves = pytree.tree_leaves(list(model(**inputs).values()))
+    return next(leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point())
 
 
 def _copy_tokenizer(directory: Path, part: Path) -> None:

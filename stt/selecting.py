@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from stt import budget, scores, serving
 from stt import compensate as compensation
 from stt.batches import Batch
-from stt.calibrate import Calibration, calibrate
+from stt.calibrate import MIN_TOKENS, Calibration, calibrate
 from stt.errors import InputError
 from stt.selection import Selection
 from stt.sites import Sites, find_sites, projection_weight
@@ -65,7 +65,8 @@ class Measured:
 def select(model: nn.Module, data: Iterable[Batch] = (), tokenizer: PreTrainedTokenizerBase | None = None, *,
            score: str = "stt", keep: float | Mapping[str, Tensor | int] | None = None, topk_ratio: float = 0.3,
            across_sites: bool = False, compensate: str = "none", select_on: str = "all", threshold: float = 0.01,
-           seed: int = 42, count_padding: bool = False, width: str = "free", multiple_of: int = 1) -> Selection:
+           seed: int = 42, count_padding: bool = False, width: str = "free", multiple_of: int = 1,
+           min_tokens: int = MIN_TOKENS) -> Selection:
     """The neurons of `model` worth keeping, judged on `data` (an iterable of batches, or a list of strings).
 
     `score` is "stt" (the union of the best by mean activation and by activation rate) or the name of one score.
@@ -74,8 +75,9 @@ def select(model: nn.Module, data: Iterable[Batch] = (), tokenizer: PreTrainedTo
     whose values compare between sites. `compensate` ("none", "mean", "lstsq") folds what the removed neurons
     contributed into the kept ones; the new values travel with the selection. `select_on` counts "all" tokens, those of
     the "prompt" or of the "answer". `width` is how many different widths the sites may have (per dense width): "free",
-    "uniform" or "buckets:N"; each is rounded up to `multiple_of`. How far the two halves of the data agree, and how
-    clear the cut is, stands in `meta["reliability"]`.
+    "uniform" or "buckets:N"; each is rounded up to `multiple_of`. The experts of one stack keep equally many, a
+    multiple of 8; one that fewer than `min_tokens` tokens reach is ranked by magnitude. How far the two halves of the data
+    agree, and how clear the cut is, stands in `meta["reliability"]`.
 
     Raises InputError for an unknown name, a ratio outside (0, 1], empty data, or a model without sites.
 
@@ -86,13 +88,13 @@ def select(model: nn.Module, data: Iterable[Batch] = (), tokenizer: PreTrainedTo
         counts = {site: ids if isinstance(ids, int) else len(ids) for site, ids in keep.items()}
     size = Budget(topk_ratio, keep if counts is None else None, counts, across_sites, width, multiple_of)
     measured = measure(model, data, tokenizer, [score], threshold=threshold, seed=seed, count_padding=count_padding,
-                       select_on=select_on, compensate=compensate)
+                       select_on=select_on, compensate=compensate, min_tokens=min_tokens)
     return kept(measured, score, size)
 
 
 def measure(model: nn.Module, data: Iterable[Batch], tokenizer: PreTrainedTokenizerBase | None, methods: list[str], *,
             threshold: float = 0.01, seed: int = 42, count_padding: bool = False, progress: bool = True,
-            select_on: str = "all", compensate: str = "none",
+            select_on: str = "all", compensate: str = "none", min_tokens: int = MIN_TOKENS,
             options: Mapping[str, Mapping[str, object]] | None = None) -> Measured:
     """All scores that `methods` need, and the moments that `compensate` needs, in one pass over `data`. `options` are
     keyword arguments by score name."""
@@ -101,13 +103,25 @@ def measure(model: nn.Module, data: Iterable[Batch], tokenizer: PreTrainedTokeni
     made = [scores.make(name, **given.get(name, {})) for name in names]
     moments = compensation.moments_for(compensate)
     sites = find_sites(model)
+    if moments:
+        _check_can_compensate(sites)
     compensation.check_memory(compensate, [site.width for site in sites.values()], next(model.parameters()).device)
-    calibration = calibrate(model, sites, made, data, tokenizer, count_padding, progress, select_on, moments)
+    calibration = calibrate(model, sites, made, data, tokenizer, count_padding, progress, select_on, moments,
+                            min_tokens)
     said = {"threshold": threshold, "seed": seed, "count_padding": count_padding, "select_on": select_on,
             "compensate": compensate, **(options or {})}
+    if calibration.routed:
+        said |= {"min_tokens": min_tokens, "routed_tokens": calibration.routed}
     halves = calibration.halves and tuple(dict(zip(names, half, strict=True)) for half in calibration.halves)
     needs = {name: score.needs for name, score in zip(names, made, strict=True)}
     return Measured(model, sites, needs, dict(zip(names, calibration.scores, strict=True)), halves, calibration, said)
+
+
+def _check_can_compensate(sites: Sites) -> None:
+    other = [site for site in sites.values() if site.form != "linear"]
+    if other:
+        raise InputError(f"the removed neurons of {other[0].name} cannot be compensated ({other[0].form}, not linear "
+                         "layers of its own): select with compensate=\"none\"")
 
 
 def scores_of(method: str) -> tuple[str, ...]:
@@ -146,8 +160,9 @@ def _units(sites: Sites, by_name: Mapping[str, Mapping[str, Tensor]], method: st
     of_site = {site: [by_name[name][site] for name in names] for site in sites}
     units = (budget.global_top(by_name[method], size.keep_ratio) if size.across_sites else
              {site: _of_site(found, size, site) for site, found in of_site.items()})
-    counts = serving.served({site: len(ids) for site, ids in units.items()},
-                            {site: len(found[0]) for site, found in of_site.items()}, size.width, size.multiple_of)
+    dense = {site: len(found[0]) for site, found in of_site.items()}
+    counts = serving.served({site: len(ids) for site, ids in units.items()}, dense, size.width, size.multiple_of)
+    counts = serving.equal_in_groups(counts, {site: sites[site].group or site for site in units}, dense)
     return {site: ids if len(ids) == counts[site] else budget.interleaved(of_site[site], counts[site])
             for site, ids in units.items()}
 
@@ -207,7 +222,8 @@ def composition(measured: Measured, selection: Selection) -> dict[str, dict[str,
     for site, ids in selection.items():
         places = [budget.ranking(measured.scores[name][site]).argsort()[ids] for name in STT]
         k = int(torch.stack(places).amin(0).max()) + 1
-        if (selection.meta["keep_ratio"], selection.meta["width"], selection.meta["multiple_of"]) == (None, "free", 1):
+        size = selection.meta["keep_ratio"], selection.meta["width"], selection.meta["multiple_of"]
+        if size == (None, "free", 1) and measured.sites[site].form != "experts":
             k = max(1, int(selection.meta["topk_ratio"] * measured.sites[site].width))
         by_mean, by_rate = (place < k for place in places)
         counted[site] = {"mean_only": int((by_mean & ~by_rate).sum()), "both": int((by_mean & by_rate).sum()),

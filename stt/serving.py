@@ -22,6 +22,7 @@ class Runtime:
     is_split: bool
 
 
+EXPERTS = 8  # units: 16 bytes in half precision, what transformers' grouped product needs of a row
 RUNTIMES = {"vllm": Runtime(8, is_split=True), "awq": Runtime(128, is_split=True), "gguf": Runtime(256, is_split=False)}
 
 
@@ -56,6 +57,21 @@ def served(counts: Mapping[str, int], dense: Mapping[str, int], width: str, mult
         alike = {site: count for site, count in counts.items() if dense[site] == size}
         moved |= dict(zip(alike, buckets(list(alike.values()), most), strict=True))
     return {site: min(rounded_up(count, multiple_of), dense[site]) for site, count in moved.items()}
+
+
+def equal_in_groups(counts: Mapping[str, int], group_of: Mapping[str, str], dense: Mapping[str, int]) -> dict[str, int]:
+    """The same count for all sites of a group, the experts of one stack: the rounded mean, rounded up to what a grouped
+    product of experts takes (EXPERTS), at most the dense width. A site of its own keeps its count."""
+    members: dict[str, list[str]] = {}
+    for site in counts:
+        members.setdefault(group_of[site], []).append(site)
+    equal = dict(counts)
+    for sites in members.values():
+        if len(sites) > 1:
+            total = sum(counts[site] for site in sites)
+            mean = (2 * total + len(sites)) // (2 * len(sites))
+            equal |= {site: min(rounded_up(mean, EXPERTS), dense[site]) for site in sites}
+    return equal
 
 
 def buckets(counts: Sequence[int], most: int) -> list[int]:

@@ -22,6 +22,8 @@ from stt.surgery import narrow_state, replace_module, sliced_parameters
 
 logger = logging.getLogger(__name__)
 
+ALIGNED = 16  # bytes: what the rows of a grouped product must be a multiple of
+
 
 class STTTransformer:
     """Replaces the projections of every selected site by narrow STTLinear layers; convolutions and stacks of experts
@@ -56,6 +58,9 @@ class STTTransformer:
         narrow_tensors = narrowed_tensors(self.model, in_place, self.selection)
         remember_widths(self.model, in_place, self.selection)
         narrow(self.model, narrow_tensors)
+        if any(value.shape[-1] * value.element_size() % ALIGNED for site in in_place if site.form == "experts"
+               for value in (narrow_tensors[member.tensor] for member in site.members)):
+            self._compute_experts_one_by_one()
         for site, layers in plan:
             for member, layer in zip(site.members, layers, strict=True):
                 replace_module(self.model, member.module, layer)
@@ -74,6 +79,15 @@ class STTTransformer:
             logger.info("sliced %d sites: %.1f %% of their neurons kept, %.1f %% of the model's parameters removed",
                         len(chosen), 100 * stats["kept_fraction_of_units"], stats["overall_model_reduction_perc"])
         return self.model
+
+    def _compute_experts_one_by_one(self) -> None:
+        """Instead of by transformers' grouped product, which takes no such width."""
+        configs = {id(module.config): module.config for module in self.model.modules() if hasattr(module, "config")}
+        for config in configs.values():
+            if getattr(config, "_experts_implementation", None) == "grouped_mm":
+                config._experts_implementation = "eager"
+                logger.warning("a grouped product of experts needs rows of a multiple of %d bytes: they are computed "
+                               "one by one, which is slower; keep a multiple of 8 units (--multiple_of 8)", ALIGNED)
 
     def get_parameter_stats(self) -> dict[str, float]:
         """Parameters before and now, and the share of units kept."""

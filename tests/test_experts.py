@@ -169,3 +169,23 @@ def test_experts_of_one_stack_keep_equally_many() -> None:
     with pytest.raises(InputError, match="share one tensor: keep equally many"):
         stt.apply(model, units)
     assert model.model.layers[0].mlp.experts.down_proj.shape[-1] == 44
+
+
+def test_a_selection_of_experts_says_how_many_tokens_each_saw() -> None:
+    model, batch = tiny.build("mixtral")
+    for score, keep in (("stt", None), ("contribution", 0.4), ("stt", 0.4)):
+        selection = stt.select(model, [batch], score=score, keep=keep, min_tokens=2)
+        sizes = {site.rpartition(".")[0]: set() for site in selection}
+        for site, ids in selection.items():
+            sizes[site.rpartition(".")[0]].add(len(ids))
+        assert all(len(of_stack) == 1 and of_stack.pop() % 8 == 0 for of_stack in sizes.values())
+        assert sum(selection.meta["routed_tokens"].values()) == 2 * 2 * int(batch["attention_mask"].sum())
+        assert selection.meta["min_tokens"] == 2
+    stt.apply(model, selection)
+    assert model(**batch).logits.isfinite().all()
+
+
+def test_experts_are_not_compensated() -> None:
+    model, batch = tiny.build("mixtral")
+    with pytest.raises(InputError, match="cannot be compensated .experts.*compensate=\"none\""):
+        stt.select(model, [batch], score="contribution", keep=0.4, compensate="lstsq")
