@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from stt.decode import MIXES_POSITIONS, NO_BLOCK, Decoded, decode
-from stt.dummy import dummy_inputs, hidden_inputs
+from stt.dummy import dummy_inputs, hidden_inputs, passing_over
 from stt.errors import InputError
 from stt.sites import LeftOut, Member, Site, is_repeated
 from stt.trace import Source, bit_positions, trace
@@ -72,12 +72,16 @@ def _look_at_the_rest(found: _Found) -> None:
 
 
 def _try_block(found: _Found, name: str, module: nn.Module) -> bool:
-    for inputs in hidden_inputs(module):
-        try:
-            if found.look(name, module, inputs, is_block=True):
-                return True
-        except InputError:
-            continue
+    """True if hidden states can be made up with which the block shows a site, if need be with the blocks in it (as its
+    attention) passed over."""
+    for returned in (None, lambda x: x, lambda x: (x, None)):
+        for inputs in hidden_inputs(module):
+            try:
+                with passing_over(module, returned):
+                    if found.look(name, module, inputs, is_block=True):
+                        return True
+            except InputError:
+                continue
     return False
 
 
@@ -213,10 +217,14 @@ class _Found:
         for name, (reason, tensors) in self.refused.items():
             if is_repeated(self.model, f"{name}.weight"):
                 yield LeftOut(name, reason, self._weights(tensors) >= self._beside(name, members))
-        for name in sorted(self.never_called()):
+        never = sorted(self.never_called())
+        stacks = {name for name in never if len(self.shapes[name]) == 3}
+        for name in never:
             layer = _layer(self.model, name)
             reason = "never called by the dummy input (an idle expert or an unused tower)"
-            yield LeftOut(_module_of(name), reason, not any(member.startswith(layer) for member in members))
+            is_block = sum(other.startswith(layer) for other in never) > 1 or name in stacks
+            is_sliced = any(member.startswith(layer) for member in members)
+            yield LeftOut(_module_of(name), reason, is_block and not is_sliced)
         for name, module in self.model.named_modules():
             if isinstance(module, nn.modules.conv._ConvNd) and 1 < module.groups < module.out_channels \
                     and set(module.kernel_size) == {1} and is_repeated(self.model, f"{name}.weight"):

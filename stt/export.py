@@ -50,7 +50,8 @@ def export_hf(directory: str | Path, out: str | Path, multiple_of: int = 1,
               example: Mapping[str, Tensor] | None = None, runtime: str | None = None, tp: int = 1) -> Path:
     """Write the sliced checkpoint `directory` as a narrow model that plain `from_pretrained` loads; the new folder.
 
-    All sites of one dense width get the same width: their widest, rounded up to `multiple_of`, at most the dense one.
+    All sites of one dense width get the same width: their widest, rounded up to `multiple_of` (with experts of 8, for
+    their grouped products), at most the dense one.
     For a `runtime` (serving.RUNTIMES) on `tp` ranks it is also rounded up to what that needs, beyond the dense width if
     it must be; the log says what the padding costs. The config entry is found by its value and verified by the shapes
     of every parameter; the outputs are compared through real files before the folder appears, on `example` if the
@@ -69,7 +70,10 @@ def export_hf(directory: str | Path, out: str | Path, multiple_of: int = 1,
     inputs = fitting_inputs(sliced) if example is None else example
     expected = _first_output(sliced, inputs)
     serving.check_served(runtime, tp, left_out(sliced).values())
-    config, widths = narrow_config(sliced, dense, find_sites(dense, example), multiple_of, runtime is not None)
+    sites = find_sites(dense, example)
+    if any(site.form == "experts" for site in sites.values()):
+        multiple_of = math.lcm(multiple_of, serving.EXPERTS)
+    config, widths = narrow_config(sliced, dense, sites, multiple_of, runtime is not None)
     serving.check_served(runtime, tp, widths.values())
     kept = _bytes(sliced, dtype)
     plain = _plain_model(sliced, config, dtype, example)

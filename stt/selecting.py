@@ -76,8 +76,8 @@ def select(model: nn.Module, data: Iterable[Batch] = (), tokenizer: PreTrainedTo
     contributed into the kept ones; the new values travel with the selection. `select_on` counts "all" tokens, those of
     the "prompt" or of the "answer". `width` is how many different widths the sites may have (per dense width): "free",
     "uniform" or "buckets:N"; each is rounded up to `multiple_of`. The experts of one stack keep equally many, a
-    multiple of 8; one that fewer than `min_tokens` tokens reach is ranked by magnitude. How far the two halves of the data
-    agree, and how clear the cut is, stands in `meta["reliability"]`.
+    multiple of 8; one that fewer than `min_tokens` tokens reach is ranked by magnitude. How far the two halves of the
+    data agree, and how clear the cut is, stands in `meta["reliability"]`.
 
     Raises InputError for an unknown name, a ratio outside (0, 1], empty data, or a model without sites.
 

@@ -3,4 +3,5 @@ block to look for: decoders, encoders, encoder-decoders, vision, speech and mode
 
 `types.py` lists the types, `rules.py` makes any configuration tiny, `overrides.py` holds what the rules do not reach,
 `inputs.py` the batches, `build.py` puts them together. `python -m tests.architectures --list` prints the table.
+`matrix.py` slices each and compares, `worker.py` loads what was exported, `page.py` writes docs/architectures.md.
 """

@@ -1,4 +1,8 @@
-"""`python -m tests.architectures --list [--types bert,gpt2]`: one row a model type, a failure is a row too."""
+"""One row a model type; a failure is a row too.
+
+    python -m tests.architectures --list [--types bert,gpt2]    the tiny models: do they run, and the same after loading
+    python -m tests.architectures --out matrix.csv              what slicing does to each (or matrix.md, as a page)
+"""
 from __future__ import annotations
 
 import argparse
@@ -6,6 +10,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import transformers
@@ -15,6 +20,7 @@ from tqdm import tqdm
 
 from tests.tiny import outputs
 
+from . import page
 from .build import Built, build
 from .overrides import NOT_BUILDABLE
 from .types import class_name, model_types
@@ -88,14 +94,20 @@ def _close(first: list[Tensor], second: list[Tensor]) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the table; 1 if a type that should build did not."""
-    parser = argparse.ArgumentParser(prog="python -m tests.architectures")
-    parser.add_argument("--list", action="store_true", required=True, help="print a row for every model type")
+    """Prints or writes the table; 1 if a type that should build did not."""
+    parser = argparse.ArgumentParser(prog="python -m tests.architectures", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--list", action="store_true", help="print a row for every model type")
+    what.add_argument("--out", metavar="FILE", type=Path, help="slice every type and write the table: .csv or .md")
     parser.add_argument("--types", help="only these model types, separated by commas")
     chosen = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    rows = [row(name) for name in tqdm(chosen.types.split(",") if chosen.types else model_types(), file=sys.stderr)]
+    names = tqdm(chosen.types.split(",") if chosen.types else model_types(), file=sys.stderr)
+    if chosen.out:
+        return page.write(chosen.out, names)
+    rows = [row(name) for name in names]
     for one in rows:
         print("\t".join("" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
                         for value in vars(one).values()))

@@ -1,0 +1,52 @@
+"""Every model type: sliced equals masked, keeps everything bitwise, reloads, and is exported to a plain folder.
+
+By default the types most used; `pytest -m matrix` all of them; `python -m tests.architectures --out` writes the table.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.architectures.build import build
+from tests.architectures.matrix import measured, tolerance
+from tests.architectures.overrides import NOT_BUILDABLE
+from tests.architectures.types import model_types
+from tests.architectures.worker import Worker
+
+USED = {
+    "albert", "bart", "bert", "bloom", "camembert", "clip", "cohere2", "convnext", "deberta-v2", "deepseek_v3",
+    "deit", "dinov2", "distilbert", "electra", "esm", "falcon", "gemma", "gemma2", "gemma3", "gemma3_text",
+    "glm4", "glm4_moe", "gpt2", "gpt_neox", "gpt_oss", "granite", "hubert", "llama", "llama4_text", "longformer",
+    "m2m_100", "marian", "mistral", "mixtral", "modernbert", "mpnet", "mt5", "olmo2", "opt", "phi", "phi3",
+    "qwen2", "qwen2_moe", "qwen3", "qwen3_5", "qwen3_moe", "qwen3_next", "roberta", "segformer", "siglip",
+    "smollm3", "starcoder2", "swin", "t5", "vit", "wav2vec2", "whisper", "xlm-roberta"}
+WITHOUT = {"bit", "falcon_mamba", "mamba", "mamba2", "mobilenet_v1", "regnet", "resnet", "rt_detr_resnet", "textnet",
+           "uvdoc_backbone"}  # no feed-forward block
+REFUSED = {"bitnet", "convnextv2", "squeezebert"}  # one that cannot be sliced exactly
+every_type = pytest.mark.parametrize("model_type", [
+    pytest.param(name, marks=() if name in USED else pytest.mark.matrix)
+    for name in model_types() if name not in NOT_BUILDABLE])
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[Worker]:
+    with Worker() as one:
+        yield one
+
+
+@every_type
+def test_sliced_reloaded_and_exported(model_type: str, worker: Worker, tmp_path: Path) -> None:
+    row = measured(model_type, worker, tmp_path / "files")
+    if model_type in WITHOUT | REFUSED:
+        assert (row.blocks, row.reason[:25]) == (0, "no feed-forward site in " + row.model_class[:1])
+        return
+    assert row.blocks > 0
+    assert row.effect > 1e-4  # else the oracle proves nothing
+    assert row.whole <= tolerance(build(model_type).model)
+    assert row.sliced <= 1e-5
+    assert row.reloaded <= 1e-5
+    assert row.exported is None or row.exported <= 1e-5
+    assert (row.exported is None) == bool(row.reason)
+    assert not row.uncovered
