@@ -37,6 +37,7 @@ def summary(rows: list[Row]) -> list[str]:
     """What the table comes to, a line each."""
     sliced = [row for row in rows if row.blocks]
     exact = [row for row in sliced if max(row.sliced, row.reloaded or 0) <= EXACT]
+    reloaded = [row for row in sliced if row.reloaded is not None and row.reloaded <= EXACT]
     shipped = [row for row in sliced if row.exported is not None and row.exported <= EXACT]
     kinds = Counter("experts" if "experts" in row.kinds else "convolutions" if "conv" in row.kinds else
                     "fused GLU" if "glu_fused" in row.kinds else "GLU" if "glu" in row.kinds else "plain"
@@ -44,8 +45,8 @@ def summary(rows: list[Row]) -> list[str]:
     return [f"{len(rows)} model types; {len(sliced)} have blocks that are sliced, {len(exact)} of them exactly "
             f"(error at most {EXACT:.0e}), {len(sliced) - len(exact)} wrongly.",
             f"{sum(row.whole == 0 for row in sliced)} are bitwise unchanged with all neurons kept.",
-            f"{len([row for row in sliced if row.reloaded is not None and row.reloaded <= EXACT])} reload with per-layer "
-            f"widths; {len(shipped)} are exported to a plain folder that `from_pretrained` loads without stt.",
+            f"{len(reloaded)} reload with widths of their own in every layer; {len(shipped)} are exported to a plain "
+            "folder that `from_pretrained` loads without stt.",
             f"{sum(bool(row.left_out) for row in sliced)} leave out a block that looks like a feed-forward block, and "
             "say so.",
             "By the most complex kind of block: "
@@ -56,8 +57,8 @@ def markdown(rows: list[Row]) -> str:
     """The page."""
     lines = ["# Every architecture", "",
              f"transformers {transformers.__version__}, torch {torch.__version__}. One tiny random model of every "
-             "type; `effect` is what masking 20 to 80 % of the neurons does to its outputs, `error` what slicing them off "
-             "differs from that, both relative to the largest output. Written by",
+             "type; `effect` is what masking 20 to 80 % of the neurons does to its outputs, `error` what slicing "
+             "them off differs from that, both relative to the largest output. Written by",
              "", "```bash", "python -m tests.architectures --out docs/architectures.md", "```", "",
              *(f"- {line}" for line in summary(rows)), "", "| " + " | ".join(HEADER) + " |",
              "|" + "---|" * len(HEADER)]
