@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -137,8 +138,9 @@ def cast_floats(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Te
 
 def empty_model(kind: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype | None,
                 device: str = "cpu") -> PreTrainedModel:
-    """A model whose parameters are allocated but never written, and not tied; its buffers hold their values."""
-    with torch.device(device), no_init_weights():
+    """A model whose parameters are allocated but never written, and not tied; its buffers hold their values, also
+    where the parameters are on the meta device."""
+    with no_init_weights(), init_empty_weights(include_buffers=False) if device == "meta" else torch.device(device):
         return kind._from_config(config, dtype=dtype)
 
 

@@ -14,6 +14,7 @@ from stt.trace import Source
 
 MIXES_POSITIONS = "mixes positions (attention, or a norm over them, stands between)"
 NO_BLOCK = "no projection reaches it"
+COUNTS = "channel counts do not fit"
 MIXES_NEURONS = "mixes neurons (a norm or another projection stands between)"
 
 
@@ -44,8 +45,9 @@ def decode(down: Source, feeding: Sequence[Source]) -> Decoded | str:
     products = {place: of_place for place, of_place in enumerate(probe.at(max(len(rows) // 2 - 1, 0)))
                 if of_place is not None and (of_place[0] != 0).any()}
     reached = {feeding[place].parameter for place in products}
-    if any(source.layout is not None and source.parameter not in reached for source in feeding):
-        return NO_BLOCK  # attention over a single position
+    unreached = [source for source in feeding if source.layout is not None and source.parameter not in reached]
+    if unreached:  # attention over a single position; or neurons that decide together which of them are zero
+        return NO_BLOCK if reached else MIXES_NEURONS
     is_local = _is_local(products, feeding)
     if not is_local and not any(feeding[place].is_depthwise for place in products):
         return MIXES_POSITIONS
@@ -62,13 +64,13 @@ def decode(down: Source, feeding: Sequence[Source]) -> Decoded | str:
                 along[place] = found
         elif source.layout is None:
             return f"reads {source.parameter} between the projections"
-        elif source.value.shape[source.axis] != 1:  # one number a position scales all units alike
+        elif source.value.shape[source.axis] >= probe.width:  # fewer channels scale all units alike
             found = _channels(_by_position(of_place, source), probe)
             if isinstance(found, str):
                 return found if is_local else MIXES_POSITIONS
             channels[place] = found
     if not channels:
-        return NO_BLOCK
+        return COUNTS
     added = {place: other for place in along for other in channels if _is_added(products[place],
              _by_position(products[other], feeding[other]))}
     return Decoded(channels, along, added, _gate(probe, feeding, channels), len(rows))
@@ -118,7 +120,7 @@ class _Probe:
 def _channels(products: Tensor, probe: _Probe) -> Tensor | str:
     """The channels (F, n) of a projection, from products (3, N, C)."""
     if products.shape[-1] % probe.width:
-        return "channel counts do not fit"
+        return COUNTS
     units = probe.units(products.sum(1))
     if units is None:
         return MIXES_NEURONS

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from stt.decode import MIXES_POSITIONS, NO_BLOCK, Decoded, decode
+from stt.decode import COUNTS, MIXES_POSITIONS, NO_BLOCK, Decoded, decode
 from stt.dummy import dummy_inputs, hidden_inputs, passing_over
 from stt.errors import InputError
 from stt.sites import LeftOut, Member, Site, is_repeated
@@ -118,9 +118,11 @@ class _Found:
         for source in sources:
             source.parameter = self._in_model(name, source.parameter)
         examples = len(next(value for value in inputs.values() if isinstance(value, Tensor)))
+        readers = [{sources[i].parameter if i >= 0 else None for i in source.consumers} for source in sources]
         explained: set[int] = set()
         for position, down in enumerate(sources):
-            if down.layout is not None:
+            if down.layout is not None and all(not _may_feed(sources[i], down) or readers[i] == {down.parameter}
+                                               for i in bit_positions(down.reads)):
                 explained |= self._call(sources, position, examples, is_block)
         if is_block and not explained:
             return False
@@ -130,16 +132,18 @@ class _Found:
         return bool(explained)
 
     def _call(self, sources: Sequence[Source], position: int, examples: int, is_alone: bool) -> set[int]:
-        """Decode one call; the positions of the sources it explains."""
+        """Decode one call of a projection that alone reads what feeds it; the positions of the sources it explains."""
         down = sources[position]
         feeding = {i: sources[i] for i in bit_positions(down.reads)}
-        projections = [s for s in feeding.values() if s.layout is not None and s.value.shape[s.axis] > 1]
-        readers = {sources[i].parameter if i >= 0 else None for s in projections for i in s.consumers}
-        if readers != {down.parameter}:
+        projections = [source for source in feeding.values() if _may_feed(source, down)]
+        if not projections:
+            own = [source for source in feeding.values() if source.layout and source.consumers == {position}]
+            if sum(source.value.shape[source.axis] for source in own) == down.layout.inputs.size:
+                self.refused[_module_of(down.parameter)] = COUNTS, {down.parameter, *(s.parameter for s in own)}
             return set()
         decoded = decode(down, list(feeding.values()))
         if isinstance(decoded, str):
-            sizes = [source.value.shape[source.axis] for source in projections]
+            sizes = [source.value.shape[source.axis] for source in feeding.values() if source.layout is not None]
             is_attention = sizes != [down.layout.inputs.size]  # three projections, or one of three times the size
             if decoded != NO_BLOCK and (decoded != MIXES_POSITIONS or not is_attention):
                 name = _module_of(down.parameter)
@@ -216,7 +220,8 @@ class _Found:
         members = {member.tensor for site in sites for member in site.members}
         for name, (reason, tensors) in self.refused.items():
             if is_repeated(self.model, f"{name}.weight"):
-                yield LeftOut(name, reason, self._weights(tensors) >= self._beside(name, members))
+                is_loss = self._weights(tensors) >= self._beside(name, members)
+                yield LeftOut(name, reason, is_loss, tuple(sorted(tensors)))
         never = sorted(self.never_called())
         stacks = {name for name in never if len(self.shapes[name]) == 3}
         for name in never:
@@ -224,19 +229,19 @@ class _Found:
             reason = "never called by the dummy input (an idle expert or an unused tower)"
             is_block = sum(other.startswith(layer) for other in never) > 1 or name in stacks
             is_sliced = any(member.startswith(layer) for member in members)
-            yield LeftOut(_module_of(name), reason, is_block and not is_sliced)
+            yield LeftOut(_module_of(name), reason, is_block and not is_sliced, (name,))
         for name, module in self.model.named_modules():
             if isinstance(module, nn.modules.conv._ConvNd) and 1 < module.groups < module.out_channels \
                     and set(module.kernel_size) == {1} and is_repeated(self.model, f"{name}.weight"):
                 is_loss = module.weight.numel() > self._beside(f"{name}.weight", members)
-                yield LeftOut(name, "a convolution in groups of channels", is_loss)
+                yield LeftOut(name, "a convolution in groups of channels", is_loss, (f"{name}.weight",))
         refused = {tensor for _, tensors in self.refused.values() for tensor in tensors}
         for name in sorted(self.seen - members - refused):
             owner, _, attribute = name.rpartition(".")
             value = getattr(self.model.get_submodule(owner), attribute, None)
             if isinstance(value, nn.Parameter) and _is_stack(self.model.get_submodule(owner), value):
                 reason = "a stack of weights of no known structure"
-                yield LeftOut(name, reason, value.numel() > self._beside(name, members))
+                yield LeftOut(name, reason, value.numel() > self._beside(name, members), (name,))
 
     def _weights(self, tensors: Iterable[str]) -> int:
         return sum(math.prod(self.shapes[name]) for name in tensors)
@@ -265,6 +270,11 @@ def _layer(model: nn.Module, name: str, outermost: bool = False) -> str:
     lists = [isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList) for i in range(1, len(parts))]
     places = [i + 2 for i, is_list in enumerate(lists) if is_list]
     return ".".join(parts[:places[0 if outermost else -1]]) + "." if places else name
+
+
+def _may_feed(source: Source, down: Source) -> bool:
+    """True for a projection with one channel, or more, for each that `down` reads."""
+    return source.layout is not None and source.value.shape[source.axis] % down.layout.inputs.size == 0
 
 
 def _is_stack(module: nn.Module, value: Tensor) -> bool:
@@ -389,6 +399,6 @@ def _main_families(model: nn.Module, sites: list[Site],
         block = largest.down_module.rpartition(".")[0] + "."
         main |= {site.name for site in of_layer if size(_tensors([site])) >= limit
                  or (largest.form == "experts" and site.name.startswith(block))}
-    side = [(site.name, "a small side block" if site in repeated else "outside the repeated layers")
-            for site in sites if site.name not in main]
-    return [site for site in repeated if site.name in main], [LeftOut(*entry, is_loss=False) for entry in side]
+    side = [LeftOut(site.name, "a small side block" if site in repeated else "outside the repeated layers", False,
+                    tuple(sorted(_tensors([site])))) for site in sites if site.name not in main]
+    return [site for site in repeated if site.name in main], side

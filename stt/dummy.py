@@ -8,8 +8,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from stt.errors import InputError
-
 UNFIT = (AttributeError, TypeError, ValueError, RuntimeError, LookupError, AssertionError, ArithmeticError,
          OSError)  # how a model refuses a batch
 TOKENS = 6  # enough positions to tell a layer that mixes them from one that does not
@@ -29,8 +27,8 @@ def dummy_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         yield inputs
 
 
-def fitting_inputs(model: nn.Module) -> dict[str, Tensor]:
-    """The first made-up batch that the model takes. Raises InputError if it takes none."""
+def fitting_inputs(model: nn.Module) -> dict[str, Tensor] | None:
+    """The first made-up batch that the model takes, if there is one."""
     for inputs in dummy_inputs(model):
         try:
             with torch.no_grad():
@@ -38,8 +36,7 @@ def fitting_inputs(model: nn.Module) -> dict[str, Tensor]:
         except UNFIT:
             continue
         return inputs
-    raise InputError(f"cannot make up {model.main_input_name!r} for {type(model).__name__}: pass a batch of your data "
-                     "as example=...")
+    return None
 
 
 def _ids(model: nn.Module) -> Iterator[Tensor]:
@@ -87,7 +84,7 @@ def passing_over(module: nn.Module, returned: Callable[[Tensor], object] | None)
                 and not isinstance(child, nn.Linear | nn.ModuleList | nn.ModuleDict)] if returned else []
 
     def passed(*args: object, **kwargs: object) -> object:
-        return returned(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
+        return returned(next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None))
 
     before = [child.__dict__.get("forward") for child in children]
     for child in children:

@@ -8,6 +8,7 @@ Imported in the middle of importing transformers (stt/__init__.py), so what need
 """
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ class SlicedQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None,
                                              **_: object) -> PreTrainedModel:
-        from stt.sites import find_sites
+        from stt.sites import find_sites, keep_sites
         from stt.stt_transformer import apply
 
         name = model.config.name_or_path
@@ -89,7 +90,8 @@ class SlicedQuantizer(HfQuantizer):
         with _as_outside(model):
             selection = Selection.load(_selection_file(name, Path(checkpoint_files[0])))
             _check_sizes(selection, entry, name)
-            sites = find_sites(model, self.quantization_config.example)  # stays on the model, for apply
+            sites = find_sites(_twin(model), self.quantization_config.example)
+            keep_sites(model, sites)  # for apply
             fitted = _fitted(selection, model, sites)
             apply(model, fitted)
         model.config.stt |= {key: entry[key] for key in ("base", "compensate") if key in entry}
@@ -193,6 +195,15 @@ def _make_biases(model: PreTrainedModel, files: Sequence[str]) -> None:
                 if name in without:
                     weight = without[name].weight
                     without[name].bias = nn.Parameter(torch.empty(len(weight), dtype=weight.dtype, device="meta"))
+
+
+def _twin(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model without weights, but with the values of its buffers, which `from_pretrained` has not yet."""
+    from stt.checkpoint import empty_model
+
+    twin = empty_model(type(model), copy.deepcopy(model.config), None, "meta")
+    twin.tie_weights(missing_keys=set(), recompute_mapping=False)
+    return twin
 
 
 @contextmanager

@@ -6,8 +6,10 @@ from contextlib import contextmanager
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
 
 from stt.errors import InputError
 from stt.trace import evaluating
@@ -71,7 +73,7 @@ def on_meta(name: str) -> PreTrainedModel:
     with _reading("the config of", name, "config.json"):
         config = AutoConfig.from_pretrained(name)
     architecture = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
-    with torch.device("meta"):
+    with no_init_weights(), init_empty_weights(include_buffers=False):
         return architecture.from_config(config) if architecture is transformers.AutoModel else architecture(config)
 
 

@@ -71,11 +71,12 @@ class Site:
 @dataclass(frozen=True)
 class LeftOut:
     """Something that looks like a part of a feed-forward block and is not sliced; `is_loss` if the model keeps
-    neurons there that the method would have chosen from."""
+    neurons there that the method would have chosen from. `tensors` are its weights."""
 
     name: str
     reason: str
     is_loss: bool
+    tensors: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,8 @@ def find_sites(model: nn.Module, example: Mapping[str, Tensor] | None = None) ->
     """
     from stt.discover import discover
 
-    shapes = tuple((name, tuple(p.shape)) for name, p in model.named_parameters())
     cached = model.__dict__.get("_stt_sites")
-    if example is None and cached is not None and cached[0] == shapes:
+    if example is None and cached is not None and cached[0] == _shapes(model):
         return cached[1]
     found, left_out = discover(model, example)
     if not found:
@@ -132,8 +132,17 @@ def find_sites(model: nn.Module, example: Mapping[str, Tensor] | None = None) ->
         raise InputError(f"no feed-forward site in {type(model).__name__} ({reasons}). "
                          "`stt sites MODEL` shows what was looked at.")
     sites = Sites({site.name: site for site in found}, tuple(left_out), _fingerprint(model))
-    model.__dict__["_stt_sites"] = (shapes, sites)
+    keep_sites(model, sites)
     return sites
+
+
+def keep_sites(model: nn.Module, sites: Sites) -> None:
+    """`find_sites` will answer this until a shape changes."""
+    model.__dict__["_stt_sites"] = (_shapes(model), sites)
+
+
+def _shapes(model: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple((name, tuple(p.shape)) for name, p in model.named_parameters())
 
 
 def describe(model: nn.Module) -> dict[str, object]:

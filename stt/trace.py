@@ -130,13 +130,19 @@ class WeightlessTrace(TorchFunctionMode):
         if id(value) not in self._parameters and id(value) not in self._buffers:
             return value
         if id(value) not in self._leaves:
-            copy = torch.ones_like(value, device="cpu") if value.is_meta else value.detach().to("cpu", copy=True)
-            copy = copy.float() if copy.is_floating_point() else copy
             if id(value) in self._parameters:
-                copy = copy.contiguous().requires_grad_()
+                copy = self._positive(value)
                 self.sources.append(Source(self._parameters[id(value)], copy, is_parameter=True))
+            else:
+                copy = torch.ones_like(value, device="cpu") if value.is_meta else value.detach().to("cpu", copy=True)
+                copy = copy.float() if copy.is_floating_point() else copy
             self._leaves[id(value)] = copy
         return self._leaves[id(value)]
+
+    def _positive(self, value: Tensor) -> Tensor:
+        """A leaf of values in [0.5, 1.5], whatever the tensor itself holds: a model that is not loaded yet has the same
+        sites."""
+        return (torch.rand(value.shape, generator=self._random) + 0.5).requires_grad_()
 
     # ------------------------------------------------------------ answers
 
@@ -190,11 +196,10 @@ class WeightlessTrace(TorchFunctionMode):
         return x if bias is None else x + bias.view(shape)
 
     def _statistic(self, buffer: Tensor) -> Tensor:
-        copy = self._real(buffer)
-        if not copy.requires_grad:
-            copy.requires_grad_()
-            self.sources.append(Source(self._buffers[id(buffer)], copy, is_parameter=True))
-        return copy
+        if id(buffer) not in self._leaves:
+            self._leaves[id(buffer)] = self._positive(buffer)
+            self.sources.append(Source(self._buffers[id(buffer)], self._leaves[id(buffer)], is_parameter=True))
+        return self._leaves[id(buffer)]
 
 
 # ---------------------------------------------------------------- one pass
@@ -203,20 +208,32 @@ class WeightlessTrace(TorchFunctionMode):
 def trace(model: nn.Module, inputs: Mapping[str, object]) -> list[Source]:
     """One weightless forward pass, with gradients enabled by the caller; every Source knows what it reads and who reads
     it. The model is left as it was. Raises InputError if the model does not take these inputs."""
-    buffers = [(module, dict(module.named_buffers(recurse=False))) for module in model.modules()]
     try:
-        with evaluating(model), eager_experts(model), torch.random.fork_rng(devices=[]), \
+        with _put_back(model), evaluating(model), eager_experts(model), torch.random.fork_rng(devices=[]), \
                 WeightlessTrace(model) as recorder:
             outputs = model(**inputs)
     except UNFIT as error:
         raise InputError(f"a batch of {', '.join(inputs)} does not fit {type(model).__name__} ({error}): "
                          "pass a batch of your data as find_sites(model, example=...)") from error
-    finally:
-        for module, own in buffers:
-            for name, buffer in own.items():
-                setattr(module, name, buffer)  # a forward that assigns one has assigned a stand-in
     _connect(recorder.sources, outputs)
     return recorder.sources
+
+
+@contextmanager
+def _put_back(model: nn.Module) -> Iterator[None]:
+    """Afterwards every module has the attributes it had: a forward that assigns one has assigned a stand-in."""
+    before = [(module, dict(vars(module)), {name: dict(value) for name, value in vars(module).items()
+                                            if isinstance(value, dict) and name != "_modules"})
+              for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, contents in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for name, content in contents.items():
+                vars(module)[name].clear()
+                vars(module)[name].update(content)
 
 
 def _plain_index(value: object) -> object:

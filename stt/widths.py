@@ -110,8 +110,8 @@ def _candidates(entries: list[Entry], needed: Widths) -> Iterator[Change]:
     one that holds its ratio to the hidden size, then of one that is unset."""
     if all(old == new for old, new in needed.items()):
         yield {}, needed
-    equal = [(keys, needed[value]) for keys, value, _ in entries
-             if type(value) is int and needed.get(value, value) != value]
+    equal = [(keys, factor * new) for keys, value, _ in entries for old, new in needed.items() for factor in (1, 2)
+             if type(value) is int and value == factor * old and new != old]  # some say that of gate and up together
     for count in (*range(1, min(len(equal), 4) + 1), len(equal)):
         yield from ((dict(chosen), needed) for chosen in itertools.combinations(equal, count))
     yield from _lists_of_ratios(entries, needed)

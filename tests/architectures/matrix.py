@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 import stt
 from stt.errors import InputError
 from stt.export import export_hf
-from stt.sites import Sites, find_sites
+from stt.sites import Sites, find_sites, is_repeated
 from tests.tiny import outputs
 
 from .build import Built, build
@@ -117,12 +117,13 @@ def masked(model: PreTrainedModel, sites: Sites, units: Units) -> PreTrainedMode
 
 def uncovered(built: Built, sites: Sites) -> list[str]:
     """Parameters with an axis of a feed-forward width that belong to no site and to nothing that is left out."""
-    sliced = {member.tensor for site in sites.values() for member in (*site.members, *site.along)}
-    biases = {re.sub(r"weight$", "bias", name) for name in sliced}
-    excluded = tuple(f"{entry.name}." for entry in sites.left_out) + tuple(f"{name}." for name in built.not_run)
+    known = {member.tensor for site in sites.values() for member in (*site.members, *site.along)}
+    known |= {name for entry in sites.left_out for name in entry.tensors}
+    known |= {re.sub(r"weight$", "bias", name) for name in known}
     widths = {size for width in built.widths.values() for size in (width, 2 * width)}
     return [name for name, parameter in built.model.named_parameters()
-            if widths & set(parameter.shape) and name not in sliced | biases and not f"{name}.".startswith(excluded)]
+            if widths & set(parameter.shape) and name not in known and is_repeated(built.model, name)
+            and not name.startswith(tuple(f"{tower}." for tower in built.not_run))]
 
 
 def difference(given: list[Tensor], expected: list[Tensor]) -> float:
