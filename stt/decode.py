@@ -42,12 +42,14 @@ def decode(down: Source, feeding: Sequence[Source]) -> Decoded | str:
     if not rows.requires_grad or not len(rows) or down.layout.inputs.size != rows.shape[1]:
         return NO_BLOCK
     probe = _Probe(rows, feeding)
-    products = {place: of_place for place, of_place in enumerate(probe.at(max(len(rows) // 2 - 1, 0)))
-                if of_place is not None and (of_place[0] != 0).any()}
+    found = {place: of_place for place, of_place in enumerate(probe.at(max(len(rows) // 2 - 1, 0)))
+             if of_place is not None and (of_place != 0).any()}
+    if not found:  # neurons that decide together which of them are zero, here all; or attention to a padded position
+        return MIXES_NEURONS if sum(source.layout is not None for source in feeding) <= 2 else NO_BLOCK
+    products = {place: of_place for place, of_place in found.items() if (of_place[0] != 0).any()}
     reached = {feeding[place].parameter for place in products}
-    unreached = [source for source in feeding if source.layout is not None and source.parameter not in reached]
-    if unreached:  # attention over a single position; or neurons that decide together which of them are zero
-        return NO_BLOCK if reached else MIXES_NEURONS
+    if any(source.layout is not None and source.parameter not in reached for source in feeding):
+        return NO_BLOCK  # attention over a single position
     is_local = _is_local(products, feeding)
     if not is_local and not any(feeding[place].is_depthwise for place in products):
         return MIXES_POSITIONS
@@ -55,20 +57,18 @@ def decode(down: Source, feeding: Sequence[Source]) -> Decoded | str:
     for place, of_place in products.items():
         source = feeding[place]
         if source.is_parameter:
-            found = _along(of_place, probe)
-            if isinstance(found, str) and not is_local:
-                return MIXES_POSITIONS
-            if isinstance(found, str):
-                return f"reads the parameter {source.parameter} between the projections"
-            if found is not None:
-                along[place] = found
+            standing = _along(of_place, probe)
+            if isinstance(standing, str):
+                return f"reads the parameter {source.parameter} between the projections" if is_local else MIXES_POSITIONS
+            if standing is not None:
+                along[place] = standing
         elif source.layout is None:
             return f"reads {source.parameter} between the projections"
         elif source.value.shape[source.axis] >= probe.width:  # fewer channels scale all units alike
-            found = _channels(_by_position(of_place, source), probe)
-            if isinstance(found, str):
-                return found if is_local else MIXES_POSITIONS
-            channels[place] = found
+            of_units = _channels(_by_position(of_place, source), probe)
+            if isinstance(of_units, str):
+                return of_units if is_local else MIXES_POSITIONS
+            channels[place] = of_units
     if not channels:
         return COUNTS
     added = {place: other for place in along for other in channels if _is_added(products[place],
