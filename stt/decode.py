@@ -59,7 +59,8 @@ def decode(down: Source, feeding: Sequence[Source]) -> Decoded | str:
         if source.is_parameter:
             standing = _along(of_place, probe)
             if isinstance(standing, str):
-                return f"reads the parameter {source.parameter} between the projections" if is_local else MIXES_POSITIONS
+                reason = f"reads the parameter {source.parameter} between the projections"
+                return reason if is_local else MIXES_POSITIONS
             if standing is not None:
                 along[place] = standing
         elif source.layout is None:

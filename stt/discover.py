@@ -2,23 +2,21 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from stt.decode import COUNTS, MIXES_POSITIONS, NO_BLOCK, Decoded, decode
+from stt.blocks import LAYERS, Call, form_of, layer_of, named_once, shared_weights, sites_of, tensors_of
+from stt.decode import COUNTS, MIXES_POSITIONS, NO_BLOCK, decode
 from stt.dummy import dummy_inputs, hidden_inputs, passing_over
 from stt.errors import InputError
-from stt.sites import LeftOut, Member, Site, is_repeated
+from stt.sites import LeftOut, Site, is_repeated
 from stt.trace import Source, bit_positions, trace
 
-LAYERS = (nn.Linear, Conv1D)
 ELSEWHERE = "a projection of it is also used elsewhere"
 
 
@@ -88,17 +86,6 @@ def _try_block(found: _Found, name: str, module: nn.Module) -> bool:
 # ---------------------------------------------------------------- down projections and what feeds them
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One call of a down projection that decodes."""
-
-    down: Source
-    feeding: tuple[Source, ...]
-    decoded: Decoded
-    is_time_first: bool
-    is_alone: bool  # in a trace of the block by itself
-
-
 class _Found:
     """What the traces have shown so far."""
 
@@ -107,7 +94,7 @@ class _Found:
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.seen: set[str] = set()
-        self.calls: dict[str, list[_Call]] = defaultdict(list)  # down parameter -> its calls
+        self.calls: dict[str, list[Call]] = defaultdict(list)  # down parameter -> its calls
         self.used_elsewhere: set[str] = set()
         self.refused: dict[str, tuple[str, set[str]]] = {}  # down projection -> the reason, its tensors
 
@@ -139,23 +126,23 @@ class _Found:
         if not projections:
             own = [source for source in feeding.values() if source.layout and source.consumers == {position}]
             if sum(source.value.shape[source.axis] for source in own) == down.layout.inputs.size:
-                self.refused[_module_of(down.parameter)] = COUNTS, {down.parameter, *(s.parameter for s in own)}
+                self.refused[layer_of(down.parameter)] = COUNTS, {down.parameter, *(s.parameter for s in own)}
             return set()
         decoded = decode(down, list(feeding.values()))
         if isinstance(decoded, str):
             sizes = [source.value.shape[source.axis] for source in feeding.values() if source.layout is not None]
             is_attention = sizes != [down.layout.inputs.size]  # three projections, or one of three times the size
             if decoded != NO_BLOCK and (decoded != MIXES_POSITIONS or not is_attention):
-                name = _module_of(down.parameter)
+                name = layer_of(down.parameter)
                 self.refused[name] = decoded, {down.parameter, *(source.parameter for source in projections)}
             return set()
         reached = [list(feeding.values())[place].parameter for place in decoded.projections]
         if len(set(reached)) < len(reached):
-            self.refused[_module_of(down.parameter)] = ELSEWHERE, {down.parameter, *reached}
+            self.refused[layer_of(down.parameter)] = ELSEWHERE, {down.parameter, *reached}
             return set()
         shape = down.input.shape
         is_time_first = len(shape) == 3 and shape[0] != examples == shape[1]
-        self.calls[down.parameter].append(_Call(down, tuple(feeding.values()), decoded, is_time_first, is_alone))
+        self.calls[down.parameter].append(Call(down, tuple(feeding.values()), decoded, is_time_first, is_alone))
         return {position, *(i for place, i in enumerate(feeding) if place in decoded.projections)}
 
     def _in_model(self, name: str, tensor: str) -> str:
@@ -168,22 +155,22 @@ class _Found:
 
     def sites(self) -> list[Site]:
         """The sites that can be sliced; what else was decoded is added to what is refused."""
-        of_downs = {parameter: list(_sites_of(calls, self.shapes)) for parameter, calls in self.calls.items()}
-        readers = Counter(tensor for of_down in of_downs.values() for tensor in _tensors(of_down, "out"))
+        of_downs = {parameter: list(sites_of(calls, self.shapes)) for parameter, calls in self.calls.items()}
+        readers = Counter(tensor for of_down in of_downs.values() for tensor in tensors_of(of_down, "out"))
         read_twice = {tensor for tensor, count in readers.items() if count > 1}
         used = set(self.used_elsewhere)
-        sizes = {parameter: self._weights(_tensors(of_down)) for parameter, of_down in of_downs.items()}
+        sizes = {parameter: self._weights(tensors_of(of_down)) for parameter, of_down in of_downs.items()}
         for parameter in sorted(of_downs, key=lambda down: -sizes[down]):  # of a chain of projections the largest block
-            tensors = _tensors(of_downs[parameter])
-            if used & tensors or read_twice & _tensors(of_downs[parameter], "out"):
-                self.refused[_module_of(parameter)] = ELSEWHERE, tensors
+            tensors = tensors_of(of_downs[parameter])
+            if used & tensors or read_twice & tensors_of(of_downs[parameter], "out"):
+                self.refused[layer_of(parameter)] = ELSEWHERE, tensors
                 del of_downs[parameter]
             used |= tensors
         routed = self._routed(of_downs)
-        shared = _shared(self.model)
-        sites = [replace(site, form=_form(self.model, site, shared), is_routed=parameter in routed)
+        shared = shared_weights(self.model)
+        sites = [replace(site, form=form_of(self.model, site, shared), is_routed=parameter in routed)
                  for parameter, of_down in of_downs.items() for site in of_down]
-        return _named_once(sites)
+        return named_once(sites)
 
     def _routed(self, downs: Iterable[str]) -> set[str]:
         """Down projections that read some of the positions: stacks, and blocks whose neighbours in their list read
@@ -192,7 +179,7 @@ class _Found:
         stacks = set()
         for parameter in downs:
             calls = self.calls[parameter]
-            if len(self.shapes[parameter]) == 3 or parameter != f"{_module_of(parameter)}.weight":
+            if len(self.shapes[parameter]) == 3 or parameter != f"{layer_of(parameter)}.weight":
                 stacks.add(parameter)
             rows = 0 if calls[0].is_alone else sum(call.decoded.rows for call in calls)
             lists[_list_of(self.model, parameter)][parameter] = rows
@@ -229,7 +216,7 @@ class _Found:
             reason = "never called by the dummy input (an idle expert or an unused tower)"
             is_block = sum(other.startswith(layer) for other in never) > 1 or name in stacks
             is_sliced = any(member.startswith(layer) for member in members)
-            yield LeftOut(_module_of(name), reason, is_block and not is_sliced, (name,))
+            yield LeftOut(layer_of(name), reason, is_block and not is_sliced, (name,))
         for name, module in self.model.named_modules():
             if isinstance(module, nn.modules.conv._ConvNd) and 1 < module.groups < module.out_channels \
                     and set(module.kernel_size) == {1} and is_repeated(self.model, f"{name}.weight"):
@@ -250,10 +237,6 @@ class _Found:
         """Weights of the sites in the layer of `name`."""
         layer = _layer(self.model, name, outermost=True)
         return self._weights(member for member in members if member.startswith(layer))
-
-
-def _tensors(sites: Iterable[Site], side: str | None = None) -> set[str]:
-    return {member.tensor for site in sites for member in site.members if side in (None, member.side)}
 
 
 def _list_of(model: nn.Module, name: str) -> str:
@@ -282,102 +265,6 @@ def _is_stack(module: nn.Module, value: Tensor) -> bool:
     return value.ndim == 3 and min(value.shape) > 1 and not is_conv
 
 
-def _module_of(parameter: str) -> str:
-    """A layer's name for its weight, the name itself for any other parameter."""
-    return parameter.removesuffix(".weight")
-
-
-def _sites_of(calls: Sequence[_Call], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Site]:
-    """One site for the calls of a down projection that stands alone; one for every expert of a stack, whose layout is
-    that of the expert with the most positions."""
-    call = max(calls, key=lambda call: call.decoded.rows)
-    span = call.down.layout.inputs
-    shape = shapes[call.down.parameter]
-    is_folded = shape[span.axis] > span.size  # experts one after the other along the same axis
-    stacked = len(shape) == 3 and (call.down.layout.expert is not None or call.down.layout.is_batched)
-    if not is_folded and not stacked:
-        members: dict[tuple, Member] = {}
-        for each in calls:
-            members |= {(member.tensor, member.side): member for member in _members(each, None)}
-        yield _site(list(members.values()), call, len(calls), None)
-        return
-    count = shape[span.axis] // span.size if is_folded else shape[0]
-    for expert in range(count):
-        yield _site(list(_members(call, expert)), call, 1, expert)
-
-
-def _members(call: _Call, expert: int | None) -> Iterator[Member]:
-    """The tensors of one call: the projection with the gate first, the down projection last, then what is between."""
-    places = sorted(call.decoded.projections, key=lambda place: place != call.decoded.gate[0])
-    for place in places:
-        source = call.feeding[place]
-        yield _member(source, "out", call.decoded.projections[place], expert)
-    yield _member(call.down, "in", torch.arange(call.down.layout.inputs.size).unsqueeze(1), expert)
-    layers = [*(call.feeding[place] for place in places), call.down]
-    of_layers = {f"{_module_of(source.parameter)}.bias" for source in layers}
-    for place, (axis, channels) in call.decoded.along.items():
-        module, _, parameter = call.feeding[place].parameter.rpartition(".")
-        if call.feeding[place].parameter in of_layers:
-            continue  # goes with its layer, wherever it is added
-        in_stack = expert if call.down.layout.expert is not None and call.feeding[place].value.ndim == 2 else None
-        side = "added" if call.decoded.added.get(place) == call.decoded.gate[0] else "along"
-        yield Member(module, side, channels, parameter, axis, in_stack)
-
-
-def _member(source: Source, side: str, channels: Tensor, expert: int | None) -> Member:
-    module, _, parameter = source.parameter.rpartition(".")
-    span = source.layout.outputs if side == "out" else source.layout.inputs
-    is_stacked = source.layout.expert is not None or source.layout.is_batched
-    if expert is not None and not is_stacked:  # one after the other along the axis
-        channels = channels + expert * span.size
-    return Member(module, side, channels, parameter, span.axis, expert if is_stacked else None)
-
-
-def _site(members: Sequence[Member], call: _Call, calls: int, expert: int | None) -> Site:
-    added = [member for member in members if member.side == "added"]
-    projections = [member for member in members if member.side == "out"]
-    projections += [member for member in members if member.side == "in"]
-    along = tuple(replace(member, side="along") for member in members if member.side in ("along", "added"))
-    *feeding, down = projections
-    gate = feeding[0].channels[:, call.decoded.gate[1]]
-    kind = "glu_fused" if feeding[0].channels.shape[1] == 2 else "plain" if len(feeding) == 1 else "glu"
-    owner = _common_owner([member.module for member in projections])
-    name = owner if expert is None else f"{owner}.{expert}"
-    return Site(name, kind, tuple(projections), len(gate), gate, calls, call.is_time_first, along, down.tensor,
-                gate_bias=added[0] if added else None)
-
-
-def _form(model: nn.Module, site: Site, shared: Collection[str]) -> str:
-    if any(member.expert is not None or member.parameter != "weight" for member in site.members):
-        return "experts"
-    if site.along or not all(isinstance(model.get_submodule(member.module), LAYERS) for member in site.members):
-        return "conv"
-    return "shared" if _tensors([site]) & set(shared) else "linear"
-
-
-def _common_owner(names: list[str]) -> str:
-    """The innermost module that holds all of `names`."""
-    return os.path.commonpath([name.replace(".", "/") for name in names]).replace("/", ".")
-
-
-def _named_once(sites: Collection[Site]) -> list[Site]:
-    """Two sites of one owner (or of the whole model) are told apart by their gate projection."""
-    sites, owners = list(sites), [site.name for site in sites]
-    return [replace(site, name=site.gate_module) if not site.name or owners.count(site.name) > 1 else site
-            for site in sites]
-
-
-def _shared(model: nn.Module) -> set[str]:
-    """Weights that another layer, or the same one in another place, has too: to replace one module would leave the
-    other as it was."""
-    places: dict[int, dict[tuple[int, str], str]] = {}  # id of a weight -> (owner, attribute) -> name
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, LAYERS):
-            owner, _, attribute = name.rpartition(".")
-            places.setdefault(id(module.weight), {})[id(model.get_submodule(owner)), attribute] = f"{name}.weight"
-    return {name for names in places.values() if len(names) > 1 for name in names.values()}
-
-
 def _main_families(model: nn.Module, sites: list[Site],
                    refused: Iterable[set[str]]) -> tuple[list[Site], list[LeftOut]]:
     """Of every layer the largest block (a stack of experts counts whole), those at least a quarter as large, and what
@@ -393,12 +280,12 @@ def _main_families(model: nn.Module, sites: list[Site],
 
     main = set()
     for layer, of_layer in layers.items():
-        largest = max(of_layer, key=lambda site: size(_tensors([site])))
+        largest = max(of_layer, key=lambda site: size(tensors_of([site])))
         beside = [tensors for tensors in refused if min(tensors).startswith(layer)]
-        limit = max(map(size, (_tensors([largest]), *beside))) / 4
+        limit = max(map(size, (tensors_of([largest]), *beside))) / 4
         block = largest.down_module.rpartition(".")[0] + "."
-        main |= {site.name for site in of_layer if size(_tensors([site])) >= limit
+        main |= {site.name for site in of_layer if size(tensors_of([site])) >= limit
                  or (largest.form == "experts" and site.name.startswith(block))}
     side = [LeftOut(site.name, "a small side block" if site in repeated else "outside the repeated layers", False,
-                    tuple(sorted(_tensors([site])))) for site in sites if site.name not in main]
+                    tuple(sorted(tensors_of([site])))) for site in sites if site.name not in main]
     return [site for site in repeated if site.name in main], side
