@@ -153,9 +153,14 @@ def describe(model: nn.Module) -> dict[str, object]:
     sites, left_out = discover(model, None)
     return {"model": type(model).__name__,
             "sites": [{"name": site.name, "kind": site.kind, "form": site.form, "width": site.width,
-                       "members": [member.tensor.removeprefix(site.name + ".").removesuffix(".weight")
-                                   for member in site.members]} for site in sites],
+                       "group": site.group, "members": _own_names(site)} for site in sites],
             "left_out": [{"name": entry.name, "reason": entry.reason, "is_loss": entry.is_loss} for entry in left_out]}
+
+
+def _own_names(site: Site) -> list[str]:
+    """The projections, as seen from the block."""
+    block = site.name.rpartition(".")[0] if site.form == "experts" else site.name
+    return [member.tensor.removeprefix(block + ".").removesuffix(".weight") for member in site.members]
 
 
 def is_repeated(model: nn.Module, name: str) -> bool:

@@ -92,7 +92,8 @@ def add_stt_lora(model: nn.Module, r: int, lora_alpha: float, lora_dropout: floa
     """Adapt every STTLinear of the model; names of the new parameters. Raises InputError if there is none left."""
     narrow = [name for name, module in model.named_modules() if isinstance(module, STTLinear) and not module.is_adapted]
     if not narrow:
-        raise InputError("the model has no STTLinear layer to adapt: apply a selection first")
+        raise InputError("the model has no STTLinear layer to adapt (a stack of experts or a convolution is none): "
+                         "apply a selection of linear layers first")
     for name in narrow:
         replace_module(model, name, STTLoraLinear(model.get_submodule(name), r, lora_alpha, lora_dropout))
     return [f"{name}.{matrix}" for name in narrow for matrix in ("lora_A", "lora_B")]

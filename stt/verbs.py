@@ -2,6 +2,7 @@
 runs, so that `stt --help` answers at once."""
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -130,10 +131,15 @@ def _usage() -> str:
 
 
 def _site_table(found: Mapping[str, object]) -> str:
-    """`found` as stt.sites.describe makes it: sites [{name, kind, width, members}], left_out [{name, reason}]."""
-    rows = [(site["name"], site["kind"], str(site["width"]), ", ".join(site["members"])) for site in found["sites"]]
-    widths = [max(map(len, column)) for column in zip(("site", "kind", "width", "members"), *rows, strict=True)]
+    """`found` as stt.sites.describe makes it. The experts of one stack are one row."""
+    header = ("site", "form", "kind", "width", "members")
+    stacks = [list(sites) for _, sites in itertools.groupby(found["sites"], key=lambda site: site["group"])]
+    rows = [(sites[0]["name"] + (f" ... {sites[-1]['name'].rpartition('.')[2]}" if len(sites) > 1 else ""),
+             sites[0]["form"], sites[0]["kind"], str(sites[0]["width"]), ", ".join(sites[0]["members"]))
+            for sites in stacks]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-             for row in (("site", "kind", "width", "members"), *rows)]
-    lines += [f"left out  {entry['name']}: {entry['reason']}" for entry in found["left_out"]]
+             for row in (header, *rows)]
+    lines += [f"{'lost' if entry['is_loss'] else 'left out'}  {entry['name']}: {entry['reason']}"
+              for entry in found["left_out"]]
     return "\n".join(lines)

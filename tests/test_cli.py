@@ -391,8 +391,12 @@ def test_stt_report_that_cannot_be_written(tmp_path, capsys):
 
 
 def test_site_table():
-    found = {"model": "m", "sites": [{"name": "layers.0.mlp", "kind": "glu", "width": 8, "members": ["gate", "down"]}],
-             "left_out": [{"name": "layers.1.mlp", "reason": "mixes positions"}]}
+    block = {"form": "linear", "kind": "glu", "width": 8, "members": ["gate", "down"]}
+    stack = {"form": "experts", "kind": "glu_fused", "width": 4, "members": ["gate_up", "down"], "group": "e"}
+    found = {"sites": [{"name": "layers.0.mlp", "group": "0", **block}, *({"name": f"e.{i}", **stack} for i in range(9))],
+             "left_out": [{"name": "layers.1", "reason": "mixes neurons", "is_loss": True}]}
     assert verbs._site_table(found).splitlines() == [
-        "site          kind  width  members", "layers.0.mlp  glu   8      gate, down",
-        "left out  layers.1.mlp: mixes positions"]
+        "site          form     kind       width  members",
+        "layers.0.mlp  linear   glu        8      gate, down",
+        "e.0 ... 8     experts  glu_fused  4      gate_up, down",
+        "lost  layers.1: mixes neurons"]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -189,3 +190,23 @@ def test_experts_are_not_compensated() -> None:
     model, batch = tiny.build("mixtral")
     with pytest.raises(InputError, match="cannot be compensated .experts.*compensate=\"none\""):
         stt.select(model, [batch], score="contribution", keep=0.4, compensate="lstsq")
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "gpt_oss"])
+def test_lora_of_peft_on_sliced_experts(name: str) -> None:
+    """Adapters on the stacked tensors: they learn, and merged the model gives the same outputs."""
+    model, batch = tiny.build(name)
+    stt.apply(model, random_units(model, 4))
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=[], target_parameters=[
+        "mlp.experts.gate_up_proj", "mlp.experts.down_proj"]))
+    with torch.no_grad():
+        for key, parameter in adapted.named_parameters():
+            if "lora_B" in key:
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    logits = adapted(**batch).logits
+    logits.square().mean().backward()
+    gradients = {key: p.grad for key, p in adapted.named_parameters() if p.requires_grad}
+    assert len(gradients) == 2 * 2 * 2  # A and B of two tensors of two layers
+    assert all(gradient.abs().max() > 0 for gradient in gradients.values())
+    with torch.no_grad():
+        torch.testing.assert_close(adapted.merge_and_unload()(**batch).logits, logits, rtol=0, atol=1e-5)
