@@ -31,7 +31,7 @@ from stt.narrow import parts_of, put_back
 from stt.selection import SELECTION, Selection
 from stt.sites import find_sites
 from stt.stt_transformer import selection_for
-from stt.surgery import head_is_tied, narrow_state, untie_head
+from stt.surgery import head_is_tied, narrow_state, tie, untie_head
 
 logger = logging.getLogger(__name__)
 
@@ -138,10 +138,13 @@ def cast_floats(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Te
 
 def empty_model(kind: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype | None,
                 device: str = "cpu") -> PreTrainedModel:
-    """A model whose parameters are allocated but never written, and not tied; its buffers hold their values, also
-    where the parameters are on the meta device."""
+    """A model whose parameters are allocated but never written, and not tied; on the meta device they are tied, and the
+    buffers hold their values in either case."""
     with no_init_weights(), init_empty_weights(include_buffers=False) if device == "meta" else torch.device(device):
-        return kind._from_config(config, dtype=dtype)
+        model = kind._from_config(config, dtype=dtype)
+    if device == "meta":
+        tie(model)
+    return model
 
 
 def class_and_config(directory: Path) -> tuple[type[PreTrainedModel], PreTrainedConfig]:

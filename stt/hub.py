@@ -201,9 +201,7 @@ def _twin(model: PreTrainedModel) -> PreTrainedModel:
     """The same model without weights, but with the values of its buffers, which `from_pretrained` has not yet."""
     from stt.checkpoint import empty_model
 
-    twin = empty_model(type(model), copy.deepcopy(model.config), None, "meta")
-    twin.tie_weights(missing_keys=set(), recompute_mapping=False)
-    return twin
+    return empty_model(type(model), copy.deepcopy(model.config), None, "meta")
 
 
 @contextmanager

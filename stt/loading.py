@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.initialization import no_init_weights
 
 from stt.errors import InputError
+from stt.surgery import tie
 from stt.trace import evaluating
 
 
@@ -74,7 +75,9 @@ def on_meta(name: str) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(name)
     architecture = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
     with no_init_weights(), init_empty_weights(include_buffers=False):
-        return architecture.from_config(config) if architecture is transformers.AutoModel else architecture(config)
+        model = architecture.from_config(config) if architecture is transformers.AutoModel else architecture(config)
+    tie(model)
+    return model
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from stt.errors import InputError, unknown_name
 from stt.mlps.stt_linear import STTLinear
@@ -71,6 +72,13 @@ def head_is_tied(model: nn.Module) -> bool:
     """True if the output projection is the input embedding."""
     output = model.get_output_embeddings()
     return output is not None and output.weight is model.get_input_embeddings().weight
+
+
+def tie(model: PreTrainedModel) -> None:
+    """Let parameters that the class ties be one, also where transformers is told to leave them apart."""
+    for target, source in model.all_tied_weights_keys.items():
+        owner, _, attribute = target.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, model.get_parameter_or_buffer(source))
 
 
 def untie_head(model: nn.Module) -> None:

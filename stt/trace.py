@@ -7,6 +7,7 @@ projections is exactly what the graph holds.
 """
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -209,8 +210,8 @@ def trace(model: nn.Module, inputs: Mapping[str, object]) -> list[Source]:
     """One weightless forward pass, with gradients enabled by the caller; every Source knows what it reads and who reads
     it. The model is left as it was. Raises InputError if the model does not take these inputs."""
     try:
-        with _put_back(model), evaluating(model), eager_experts(model), torch.random.fork_rng(devices=[]), \
-                WeightlessTrace(model) as recorder:
+        with warnings.catch_warnings(action="ignore"), _put_back(model), evaluating(model), eager_experts(model), \
+                torch.random.fork_rng(devices=[]), WeightlessTrace(model) as recorder:
             outputs = model(**inputs)
     except UNFIT as error:
         raise InputError(f"a batch of {', '.join(inputs)} does not fit {type(model).__name__} ({error}): "
