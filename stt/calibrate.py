@@ -145,7 +145,7 @@ def _pass(model: nn.Module, sites: Sites, halves: tuple[list[Statistic], list[St
             counted = {} if count_padding else token_masks(model, inputs, select_on)
             in_b = shown.add(inputs, counted, model).to(model.device)
             whole = on_device(inputs, model)
-            for part, rows in alone(model, whole) if is_routed else [(whole, slice(None))]:
+            for part, rows in alone(model, whole) if is_routed and not count_padding else [(whole, slice(None))]:
                 masks = {} if count_padding else token_masks(model, part, select_on)
                 real = {} if count_padding else token_masks(model, part)
                 observers = [Observer(site, halves, needs, _mask_of(site, model, masks), _mask_of(site, model, real),

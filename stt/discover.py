@@ -137,13 +137,20 @@ class _Found:
                 self.refused[name] = decoded, {down.parameter, *(source.parameter for source in projections)}
             return set()
         reached = [list(feeding.values())[place].parameter for place in decoded.projections]
-        if len(set(reached)) < len(reached):
+        if len(set(reached)) < len(reached) or any(map(self._is_part, (down, *feeding.values()))):
             self.refused[layer_of(down.parameter)] = ELSEWHERE, {down.parameter, *reached}
             return set()
         shape = down.input.shape
         is_time_first = len(shape) == 3 and shape[0] != examples == shape[1]
         self.calls[down.parameter].append(Call(down, tuple(feeding.values()), decoded, is_time_first, is_alone))
         return {position, *(i for place, i in enumerate(feeding) if place in decoded.projections)}
+
+    def _is_part(self, source: Source) -> bool:
+        """True for a product with some rows or columns of a layer's weight: the others may mean something else."""
+        spans = (source.layout.inputs, source.layout.outputs) if source.layout else ()
+        shape = self.shapes.get(source.parameter, ())
+        return isinstance(self.model.get_submodule(source.parameter.rpartition(".")[0]), LAYERS) \
+            and any(span.size < shape[span.axis] for span in spans)
 
     def _in_model(self, name: str, tensor: str) -> str:
         """The model's own, first name for a tensor of the module called `name`."""
