@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from stt.errors import InputError
 from stt.products import PRODUCTS, Product, standing
 from stt.scores.base import Seen, Statistic
-from stt.sites import Site
+from stt.sites import Member, Site
 
 
 class Done(Exception):
@@ -119,13 +119,21 @@ def observing(model: nn.Module, observers: Sequence[Observer]) -> Iterator[None]
         experts = [observer for observer in observers if observer.site.form == "experts"]
         for observer in observers:
             if observer.site.form != "experts":
-                gate = model.get_submodule(observer.site.gate_module)
-                down = model.get_submodule(observer.site.down_module)
-                stack.callback(gate.register_forward_hook(_after(observer)).remove)
-                stack.callback(down.register_forward_pre_hook(_before(observer)).remove)
+                for gate in _places(model, observer.site, observer.site.members[0]):
+                    stack.callback(gate.register_forward_hook(_after(observer)).remove)
+                for down in _places(model, observer.site, observer.site.members[-1]):
+                    stack.callback(down.register_forward_pre_hook(_before(observer)).remove)
         if experts:
             stack.enter_context(_Products(model, experts))
         yield
+
+
+def _places(model: nn.Module, site: Site, member: Member) -> list[nn.Module]:
+    """The modules that have the weight of a member: one, or all layers that share it."""
+    module = model.get_submodule(member.module)
+    if site.form != "shared":
+        return [module]
+    return [other for other in model.modules() if getattr(other, "weight", None) is module.weight]
 
 
 def _after(observer: Observer) -> Callable[..., None]:

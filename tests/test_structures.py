@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import stt
+from stt import scores
+from stt.calibrate import calibrate
 from stt.errors import InputError
 from stt.sites import find_sites
 
@@ -193,6 +195,16 @@ def test_tied_layers_in_two_places_are_one_site(share: str) -> None:
         second[0].bias, second[1].bias = first[0].bias, first[1].bias
     sites = find_sites(model)
     assert [(name, site.form, site.calls) for name, site in sites.items()] == [("layers.0.linears", "shared", 2)]
+    shown = []
+    hooks = [linear.register_forward_hook(lambda layer, args, output: shown.append(output.flatten(0, 1)))
+             for linear in dict.fromkeys((first[0], second[0]))]
+    with torch.no_grad():
+        model(**batch)
+    for hook in hooks:
+        hook.remove()
+    found = calibrate(model, sites, [scores.make("activation_mean")], [batch], progress=False)
+    torch.testing.assert_close(found.scores[0]["layers.0.linears"], torch.cat(shown).double().mean(0))
+    assert len(shown) == 2
     kept = torch.tensor([0, 3, 5, 40])
     masked = copy.deepcopy(model)
     with torch.no_grad():
