@@ -81,7 +81,7 @@ def _site(members: Sequence[Member], call: Call, calls: int, expert: int | None)
     *feeding, down = projections
     gate = feeding[0].channels[:, call.decoded.gate[1]]
     kind = "glu_fused" if feeding[0].channels.shape[1] == 2 else "plain" if len(feeding) == 1 else "glu"
-    owner = _common_owner([member.module for member in projections])
+    owner = common_owner([member.module for member in projections])
     name = owner if expert is None else f"{owner}.{expert}"
     return Site(name, kind, tuple(projections), len(gate), gate, calls, call.is_time_first, along, down.tensor,
                 gate_bias=added[0] if added else None)
@@ -95,7 +95,7 @@ def form_of(model: nn.Module, site: Site, shared: Collection[str]) -> str:
     return "shared" if tensors_of([site]) & set(shared) else "linear"
 
 
-def _common_owner(names: list[str]) -> str:
+def common_owner(names: list[str]) -> str:
     """The innermost module that holds all of `names`."""
     return os.path.commonpath([name.replace(".", "/") for name in names]).replace("/", ".")
 

@@ -25,11 +25,11 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from stt.errors import InputError
+from stt.heads import sites_named
 from stt.hub import METHOD, check_version, is_entry
 from stt.mlps.stt_linear import STTLinear
 from stt.narrow import parts_of, put_back
 from stt.selection import SELECTION, Selection
-from stt.sites import find_sites
 from stt.stt_transformer import selection_for
 from stt.surgery import head_is_tied, narrow_state, tie, untie_head
 
@@ -95,7 +95,7 @@ def restore(sliced: PreTrainedModel, dense: PreTrainedModel) -> None:
     if "compensate" in sliced.config.stt:
         raise InputError("the kept units were compensated for the removed ones, which cannot be put back beside them: "
                          "select with compensate=\"none\" to restore or export a dense model")
-    sites = find_sites(dense)
+    sites = sites_named(dense, selection)
     selection_for(sites, selection)  # raises for another model
     values, target = narrow_state(sliced), dense.state_dict()
     parts = parts_of(dense, [sites[name] for name in selection], selection)

@@ -73,6 +73,9 @@ def export_hf(directory: str | Path, out: str | Path, multiple_of: int = 1,
     sites = find_sites(dense, example)
     if any(site.form == "experts" for site in sites.values()):
         multiple_of = math.lcm(multiple_of, serving.EXPERTS)
+    if not sliced.stt_selection.keys() <= sites.keys():
+        raise InputError(f"{directory} keeps some of the attention heads of its layers, which no plain "
+                         f"{type(sliced).__name__} can: export with --to dense, or load it with stt.load")
     config, widths = narrow_config(sliced, dense, sites, multiple_of, runtime is not None)
     serving.check_served(runtime, tp, widths.values())
     kept = _bytes(sliced, dtype)

@@ -75,6 +75,7 @@ class SlicedQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None,
                                              **_: object) -> PreTrainedModel:
+        from stt.heads import find_heads, keep_heads, with_heads
         from stt.sites import find_sites, keep_sites
         from stt.stt_transformer import apply
 
@@ -90,9 +91,15 @@ class SlicedQuantizer(HfQuantizer):
         with _as_outside(model):
             selection = Selection.load(_selection_file(name, Path(checkpoint_files[0])))
             _check_sizes(selection, entry, name)
-            sites = find_sites(_twin(model), self.quantization_config.example)
+            twin = _twin(model)
+            sites = find_sites(twin, self.quantization_config.example)
             keep_sites(model, sites)  # for apply
             fitted = _fitted(selection, model, sites)
+            if not fitted.keys() <= sites.keys():
+                heads = find_heads(twin, self.quantization_config.example)
+                keep_heads(model, heads)
+                sites = with_heads(model, sites, heads)
+                fitted = _fitted(selection, model, sites)
             apply(model, fitted)
         model.config.stt |= {key: entry[key] for key in ("base", "compensate") if key in entry}
         if "compensate" in entry:

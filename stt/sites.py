@@ -7,9 +7,11 @@ channel by channel, from other projections that nothing else reads.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -21,7 +23,8 @@ from stt.errors import InputError
 @dataclass(frozen=True)
 class Member:
     """One tensor of a site: `channels[i]` along `axis` belong to unit i. `side` is that of a projection ("out" or "in")
-    or "along" for what stands between two projections. `expert` is the place in a stack of experts (the first axis)."""
+    or "along" for what stands between two projections. `expert` is the place in a stack of experts (the first axis).
+    `shared` are channels that belong to all units: a key and value head that all query heads read."""
 
     module: str
     side: str
@@ -29,6 +32,7 @@ class Member:
     parameter: str = "weight"
     axis: int = 0
     expert: int | None = None
+    shared: Tensor | None = None  # (S,)
 
     @property
     def tensor(self) -> str:
@@ -37,13 +41,33 @@ class Member:
 
 
 @dataclass(frozen=True)
+class Size:
+    """A whole number that an attention module keeps of its heads, as an attribute or, `of_config`, as an entry of the
+    configuration it holds; it shrinks as the units do. `module` is inside the attention module."""
+
+    module: str
+    name: str
+    of_config: bool = False
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A tensor an attention module is called with (by place or by keyword) that has entries for every head along an
+    axis, such as a position bias."""
+
+    key: int | str
+    axis: int
+
+
+@dataclass(frozen=True)
 class Site:
-    """A feed-forward block. `members` are its projections, ending with the down projection; `gate` are the channels of
-    the first of them whose pre-activation decides (the gate of a GLU, the only projection of a plain MLP). `along` are
-    the tensors between them with one entry, or more, a unit. Sites of one `group` share tensors, so a width too."""
+    """A feed-forward block, or the attention of a layer. `members` are its projections, ending with the down (output)
+    projection; `gate` are the channels of the first of them whose pre-activation decides (the gate of a GLU, the only
+    projection of a plain MLP). `along` are the tensors between them with one entry, or more, a unit. Sites of one
+    `group` share tensors, so a width too."""
 
     name: str
-    kind: str  # "plain" | "glu" | "glu_fused"
+    kind: str  # "plain" | "glu" | "glu_fused" | "attention"
     members: tuple[Member, ...]
     width: int
     gate: Tensor  # (F,)
@@ -51,9 +75,17 @@ class Site:
     is_time_first: bool = False  # it reads (T, B, ...) instead of (B, T, ...), as in XLNet
     along: tuple[Member, ...] = ()
     group: str = ""
-    form: str = "linear"  # every projection an nn.Linear or Conv1D; "conv", "experts" (stacked tensors), "shared"
+    form: str = "linear"  # of nn.Linear or Conv1D alone; "conv", "experts" (stacked tensors), "shared", "attention"
     gate_bias: Member | None = None  # added to the first projection outside it
     is_routed: bool = False  # it reads the positions that a router sends it
+    heads: int = 1  # query heads of one unit, in attention
+    sizes: tuple[Size | Argument, ...] = ()  # what changes in an attention module besides its tensors
+
+    @property
+    def owner(self) -> str:
+        """The innermost module that holds all of it."""
+        names = [member.module.replace(".", "/") for member in (*self.members, *self.along)]
+        return os.path.commonpath(names).replace("/", ".")
 
     @property
     def gate_module(self) -> str:
@@ -64,8 +96,9 @@ class Site:
         return self.members[-1].module
 
     def pick(self, member: Member, units: Tensor) -> Tensor:
-        """Channels of `member` that belong to `units`, in the layer's own order: (k * n,)."""
-        return member.channels[units].flatten().sort().values
+        """Channels of `member` that belong to `units`, in the layer's own order: (k * n,), and those that all share."""
+        channels = member.channels[units].flatten()
+        return (channels if member.shared is None else torch.cat([channels, member.shared])).sort().values
 
 
 @dataclass(frozen=True)
@@ -123,22 +156,28 @@ def find_sites(model: nn.Module, example: Mapping[str, Tensor] | None = None) ->
     """
     from stt.discover import discover
 
-    cached = model.__dict__.get("_stt_sites")
-    if example is None and cached is not None and cached[0] == _shapes(model):
-        return cached[1]
+    cached = kept_sites(model)
+    if example is None and cached is not None:
+        return cached
     found, left_out = discover(model, example)
     if not found:
         reasons = "; ".join(f"{entry.name}: {entry.reason}" for entry in left_out[:3]) or "it has none"
         raise InputError(f"no feed-forward site in {type(model).__name__} ({reasons}). "
                          "`stt sites MODEL` shows what was looked at.")
-    sites = Sites({site.name: site for site in found}, tuple(left_out), _fingerprint(model))
+    sites = Sites({site.name: site for site in found}, tuple(left_out), fingerprint(model))
     keep_sites(model, sites)
     return sites
 
 
-def keep_sites(model: nn.Module, sites: Sites) -> None:
-    """`find_sites` will answer this until a shape changes."""
-    model.__dict__["_stt_sites"] = (_shapes(model), sites)
+def keep_sites(model: nn.Module, sites: Sites, under: str = "_stt_sites") -> None:
+    """`find_sites` (or whatever looks `under` this name) will answer this until a shape changes."""
+    model.__dict__[under] = (_shapes(model), sites)
+
+
+def kept_sites(model: nn.Module, under: str = "_stt_sites") -> Sites | None:
+    """What `keep_sites` has kept, if no shape has changed since."""
+    shapes, sites = model.__dict__.get(under, (None, None))
+    return sites if shapes == _shapes(model) else None
 
 
 def _shapes(model: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -169,7 +208,7 @@ def is_repeated(model: nn.Module, name: str) -> bool:
     return any(isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList) for i in range(1, len(parts)))
 
 
-def _fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module) -> str:
     """sha256 over names and shapes of the parameters in repeated layers: equal for the same dense model with any head
     and vocabulary, and whatever of it this version of the library can slice."""
     shapes = [f"{name}{tuple(p.shape)}" for name, p in model.named_parameters() if is_repeated(model, name)]

@@ -12,12 +12,14 @@ from transformers import PreTrainedModel
 
 from stt.card import write_card
 from stt.errors import InputError
+from stt.heads import sites_named
 from stt.hub import HUB_OPTIONS, check_not_quantized, declared_sliced, push_to_hub
 from stt.mlps.fused import fuse_block
 from stt.mlps.stt_linear import SiteLayout, STTLinear
 from stt.narrow import narrow, narrowed_tensors, remember_widths
+from stt.resize import resize
 from stt.selection import FORMAT_VERSION, SELECTION, Ids, Selection
-from stt.sites import Member, Site, Sites, find_sites, projection_weight
+from stt.sites import Member, Site, Sites, projection_weight
 from stt.surgery import narrow_state, replace_module, sliced_parameters
 
 logger = logging.getLogger(__name__)
@@ -41,7 +43,7 @@ class STTTransformer:
         self.model = model if device is None else model.to(device)
         self.inference_time = inference_time
         self.verbose = verbose
-        self.sites = find_sites(model)
+        self.sites = sites_named(model, active_neurons, layer_name_map)
         self.selection = selection_for(self.sites, active_neurons, layer_name_map)
         self._dense_parameters = sum(p.numel() for p in model.parameters())
 
@@ -55,9 +57,14 @@ class STTTransformer:
         chosen = [self.sites[name] for name in self.selection]
         in_place = [site for site in chosen if site.form != "linear"]
         plan = [(site, self._layers(site, self.selection[site.name])) for site in chosen if site.form == "linear"]
+        in_place = [site for site in in_place
+                    if site.kind != "attention" or len(self.selection[site.name]) < site.width]
         narrow_tensors = narrowed_tensors(self.model, in_place, self.selection)
         remember_widths(self.model, in_place, self.selection)
         narrow(self.model, narrow_tensors)
+        for site in in_place:
+            if site.kind == "attention":
+                resize(self.model, site, self.selection[site.name])
         if any(value.shape[-1] * value.element_size() % ALIGNED for site in in_place if site.form == "experts"
                for value in (narrow_tensors[member.tensor] for member in site.members)):
             self._compute_experts_one_by_one()
@@ -184,7 +191,8 @@ def selection_for(sites: Sites, given: Mapping[str, Ids], layer_name_map: Mappin
                          "select again on this model")
     if not given:
         raise InputError("the selection is empty: it must keep units of at least one site")
-    names = {member.module: site.name for site in sites.values() for member in site.members if member.expert is None}
+    names = {member.module: site.name for site in sites.values() for member in site.members
+             if member.expert is None and site.kind != "attention"}  # rows of a query projection are no units
     units: dict[str, Ids] = {}
     for key, ids in given.items():
         name = (layer_name_map or {}).get(key, key)

@@ -209,15 +209,22 @@ class WeightlessTrace(TorchFunctionMode):
 def trace(model: nn.Module, inputs: Mapping[str, object]) -> list[Source]:
     """One weightless forward pass, with gradients enabled by the caller; every Source knows what it reads and who reads
     it. The model is left as it was. Raises InputError if the model does not take these inputs."""
+    recorder = WeightlessTrace(model)
     try:
-        with warnings.catch_warnings(action="ignore"), _put_back(model), evaluating(model), eager_experts(model), \
-                torch.random.fork_rng(devices=[]), WeightlessTrace(model) as recorder:
-            outputs = model(**inputs)
+        outputs = run_under(recorder, model, (), inputs)
     except UNFIT as error:
         raise InputError(f"a batch of {', '.join(inputs)} does not fit {type(model).__name__} ({error}): "
                          "pass a batch of your data as find_sites(model, example=...)") from error
     _connect(recorder.sources, outputs)
     return recorder.sources
+
+
+def run_under(recorder: WeightlessTrace, module: nn.Module, args: Sequence[object],
+              kwargs: Mapping[str, object]) -> object:
+    """What the module returns while `recorder` answers for its weights; the module is left as it was."""
+    with warnings.catch_warnings(action="ignore"), _put_back(module), evaluating(module), eager_experts(module), \
+            torch.random.fork_rng(devices=[]), recorder:
+        return module(*args, **kwargs)
 
 
 @contextmanager
