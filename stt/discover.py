@@ -26,15 +26,28 @@ ELSEWHERE = "a projection of it is also used elsewhere"
 def discover(model: nn.Module, example: Mapping[str, Tensor] | None) -> tuple[list[Site], list[LeftOut]]:
     """The sites of a model in the order of execution, and what is left out. Raises InputError if `example` does not
     fit the model."""
+    found = _looked_at(model, example)
+    sites = found.sites()
+    main, side_families = _main_families(model, sites, [tensors for _, tensors in found.refused.values()])
+    return main, [*found.left_out(sites), *side_families]
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+@torch.autocast("cpu", enabled=False)
+def every_site(model: nn.Module, example: Mapping[str, Tensor] | None) -> dict[str, Site]:
+    """All blocks that could be sliced, by name, also those that `discover` leaves out for their size or place."""
+    return {site.name: site for site in _looked_at(model, example).sites()}
+
+
+def _looked_at(model: nn.Module, example: Mapping[str, Tensor] | None) -> _Found:
     found = _Found(model)
     if example is not None:
         found.look("", model, dict(example))
     else:
         _try(found, "", model)
     _look_at_the_rest(found)
-    sites = found.sites()
-    main, side_families = _main_families(model, sites, [tensors for _, tensors in found.refused.values()])
-    return main, [*found.left_out(sites), *side_families]
+    return found
 
 
 def _try(found: _Found, name: str, module: nn.Module) -> bool:

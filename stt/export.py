@@ -34,6 +34,7 @@ from stt.checkpoint import (
     restore,
     written_whole,
 )
+from stt.discover import every_site
 from stt.dummy import fitting_inputs
 from stt.errors import InputError
 from stt.narrow import parts_of, put_back
@@ -166,7 +167,7 @@ def _plain_model(sliced: PreTrainedModel, config: PreTrainedConfig, dtype: torch
                  example: Mapping[str, Tensor] | None) -> PreTrainedModel:
     """An ordinary model with the weights of `sliced` in its first units, and zeros in the others."""
     plain = empty_model(type(sliced), config, dtype)
-    sites = find_sites(empty_model(type(sliced), config, dtype, "meta"), example)
+    sites = every_site(empty_model(type(sliced), config, dtype, "meta"), example)
     state = cast_floats(narrow_state(sliced), dtype)
     first = {name: torch.arange(len(ids)) for name, ids in sliced.stt_selection.items()}
     for name, parts in parts_of(plain, [sites[name] for name in first], first).items():
