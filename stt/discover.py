@@ -20,9 +20,6 @@ from stt.trace import Source, bit_positions, trace
 ELSEWHERE = "a projection of it is also used elsewhere"
 
 
-@torch.inference_mode(False)
-@torch.enable_grad()
-@torch.autocast("cpu", enabled=False)
 def discover(model: nn.Module, example: Mapping[str, Tensor] | None) -> tuple[list[Site], list[LeftOut]]:
     """The sites of a model in the order of execution, and what is left out. Raises InputError if `example` does not
     fit the model."""
@@ -32,14 +29,14 @@ def discover(model: nn.Module, example: Mapping[str, Tensor] | None) -> tuple[li
     return main, [*found.left_out(sites), *side_families]
 
 
-@torch.inference_mode(False)
-@torch.enable_grad()
-@torch.autocast("cpu", enabled=False)
 def every_site(model: nn.Module, example: Mapping[str, Tensor] | None) -> dict[str, Site]:
     """All blocks that could be sliced, by name, also those that `discover` leaves out for their size or place."""
     return {site.name: site for site in _looked_at(model, example).sites()}
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
+@torch.autocast("cpu", enabled=False)
 def _looked_at(model: nn.Module, example: Mapping[str, Tensor] | None) -> _Found:
     found = _Found(model)
     if example is not None:
