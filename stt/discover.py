@@ -29,11 +29,6 @@ def discover(model: nn.Module, example: Mapping[str, Tensor] | None) -> tuple[li
     return main, [*found.left_out(sites), *side_families]
 
 
-def every_site(model: nn.Module, example: Mapping[str, Tensor] | None) -> dict[str, Site]:
-    """All blocks that could be sliced, by name, also those that `discover` leaves out for their size or place."""
-    return {site.name: site for site in _looked_at(model, example).sites()}
-
-
 @torch.inference_mode(False)
 @torch.enable_grad()
 @torch.autocast("cpu", enabled=False)
