@@ -186,16 +186,18 @@ class _Found:
 
     def _routed(self, downs: Iterable[str]) -> set[str]:
         """Down projections that read some of the positions: stacks, and blocks whose neighbours in their list read
-        another number of them, or none."""
+        another number of single positions (N, C), or none."""
         lists: dict[str, dict[str, int]] = defaultdict(dict)
-        stacks = set()
+        stacks, single = set(), set()
         for parameter in downs:
             calls = self.calls[parameter]
             if len(self.shapes[parameter]) == 3 or parameter != f"{layer_of(parameter)}.weight":
                 stacks.add(parameter)
             rows = 0 if calls[0].is_alone else sum(call.decoded.rows for call in calls)
             lists[_list_of(self.model, parameter)][parameter] = rows
-        return stacks.union(*(of_list for of_list in lists.values() if len(set(of_list.values())) > 1))
+            single |= {parameter} if rows and calls[0].down.input.ndim == 2 else set()
+        return stacks.union(*(of_list for of_list in lists.values()
+                              if len(set(of_list.values())) > 1 and single & of_list.keys()))
 
     # ------------------------------------------------------------ what was not executed
 

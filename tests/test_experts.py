@@ -15,6 +15,7 @@ from stt import scores
 from stt.calibrate import calibrate
 from stt.errors import InputError
 from stt.sites import find_sites
+from tests.architectures.build import build
 from tests.architectures.matrix import masked, random_units
 
 Shown = dict[str, dict[int, list[tuple[Tensor, Tensor]]]]  # layer, expert: of each token pre-activation, hidden
@@ -186,3 +187,11 @@ def test_lora_of_peft_on_sliced_experts(name: str) -> None:
     assert all(gradient.abs().max() > 0 for gradient in gradients.values())
     with torch.no_grad():
         torch.testing.assert_close(adapted.merge_and_unload()(**batch).logits, logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("model_type", "is_routed"), [
+    ("switch_transformers", True), ("nllb-moe", True), ("mobilevitv2", False), ("swin", False), ("convnext", False)])
+def test_experts_in_a_list_are_told_from_stages_of_a_network(model_type: str, is_routed: bool) -> None:
+    routed = {name: site.is_routed for name, site in find_sites(build(model_type).model).items()}
+    assert any(routed.values()) == is_routed
+    assert all(value == ("expert" in name) for name, value in routed.items())
