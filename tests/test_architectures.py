@@ -25,7 +25,7 @@ USED = {
 WITHOUT = {"bit", "falcon_mamba", "mamba", "mamba2", "mobilenet_v1", "regnet", "resnet", "rt_detr_resnet", "textnet",
            "uvdoc_backbone"}  # no feed-forward block
 REFUSED = {"bitnet", "convnextv2", "squeezebert"}  # one that cannot be sliced exactly
-NO_WIDTH = {"bloom", "convnext", "dinov3_convnext", "flaubert", "hgnet_v2", "levit", "lilt",
+NO_WIDTH = {"bloom", "convnext", "dinov3_convnext", "flaubert", "hgnet_v2", "lilt",
             "mobilenet_v2", "mobilevitv2", "mpt", "openai-gpt", "pp_lcnet", "pp_lcnet_v3", "pp_lcnet_v4",
             "siglip", "siglip2", "xlm", "xlstm"}  # whose config has no entry that sets it, and nothing else
 NOT_RELOADED = {"pixio"}  # the dense model neither: its final norm is saved twice, under names of which one is loaded
