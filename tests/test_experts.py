@@ -90,6 +90,45 @@ def test_every_expert_is_measured_on_its_own_tokens(name: str) -> None:
         torch.testing.assert_close(found.scores[1][site], expected, rtol=1e-8, atol=1e-10)
 
 
+def test_gradients_and_inputs_of_experts() -> None:
+    """Taylor, Wanda and the gate product of Mixtral's experts, against the experts' forward written out."""
+    model, batch = tiny.build("mixtral")
+    model.double().set_experts_implementation("eager")
+    sites = find_sites(model)
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {}  # site: of each call what the expert read, its hidden values
+
+    def written_out(name: str, layer: nn.Module, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        result = torch.zeros_like(x)
+        for expert in range(layer.num_experts):
+            token, place = (chosen == expert).nonzero(as_tuple=True)
+            gate, up = F.linear(x[token], layer.gate_up_proj[expert]).chunk(2, -1)
+            hidden = F.silu(gate) * up
+            hidden.retain_grad()
+            seen.setdefault(f"{name}.{expert}", []).append((x[token].detach(), hidden))
+            result = result.index_add(0, token, F.linear(hidden, layer.down_proj[expert]) * weights[token, place, None])
+        return result
+
+    experts = {name: module for name, module in model.named_modules() if name.endswith("experts")}
+    for name, module in experts.items():
+        module.forward = lambda *args, name=name, module=module: written_out(name, module, *args)
+    for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+        ids = ids[None, :int(mask.sum())]
+        F.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum").backward()
+    for module in experts.values():
+        del module.forward
+    found = calibrate(model, sites, [scores.make(name) for name in ("taylor", "wanda", "gate_product")],
+                      [batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}],
+                      progress=False, min_tokens=1)
+    for site in (site for site in sites if found.routed[site]):
+        inputs, hidden = (torch.cat(each) for each in zip(*seen[site], strict=True))
+        slopes = torch.cat([h.grad for _, h in seen[site]])
+        layer, expert = experts[site.rpartition(".")[0]], int(site.rpartition(".")[2])
+        gate = layer.gate_up_proj[expert].detach()[:tiny.NEURONS]
+        expected = ((hidden * slopes).abs().sum(0), (gate.abs() * inputs.norm(dim=0)).sum(1), hidden.mean(0))
+        for by_site, wanted in zip(found.scores, expected, strict=True):
+            torch.testing.assert_close(by_site[site], wanted.detach(), rtol=1e-8, atol=1e-10)
+
+
 def test_an_expert_with_few_tokens_is_ranked_by_magnitude() -> None:
     model, batch = tiny.build("mixtral")
     sites = find_sites(model)
