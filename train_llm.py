@@ -137,7 +137,7 @@ def select(args: LLMArgs, mode: Mode, model: PreTrainedModel, judge: Judge, fold
     from stt.dataset import encode_all, selection_subset
     from stt.modes import select_units
     from stt.report import agreement_lines
-    from stt.selecting import Budget
+    from stt.selecting import Budget, routed_to
     from stt.selection import Selection
     from stt.trainers.sft import collate
 
@@ -149,12 +149,12 @@ def select(args: LLMArgs, mode: Mode, model: PreTrainedModel, judge: Judge, fold
     with clock.lap("selection"):
         selection, composition = select_units(
             mode, model, batches, judge.tokenizer, size, args.active_threshold, args.seed, args.count_padding,
-            args.select_on, args.compensate or "none")
+            args.select_on, args.compensate or "none", args.min_tokens)
     if args.resume and Selection.load(folder / SELECTION).without_new_values() != selection.without_new_values():
         raise InputError(f"{folder / SELECTION} is not what this run selects now: the model or the data changed; start "
                          "again with --overwrite")
     sites = [{"name": name, "width": selection.widths[name], "kept": len(ids), **composition.get(name, {}),
-              **selection.meta["reliability"][name]} for name, ids in selection.items()]
+              **selection.meta["reliability"][name], **routed_to(selection, name)} for name, ids in selection.items()]
     logger.info("\n".join(agreement_lines(sites)))
     methods = list(dict.fromkeys(["stt", mode.score]))
     return selection, sites, judge.selection_flops(model, rows, methods, args.compensate or "none")

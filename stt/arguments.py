@@ -46,6 +46,7 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (("num_epoch", "train_batch", "eval_batch", "gradient_accumulation_steps", "lora_r", "log_interval",
       "multiple_of"), lambda x: x >= 1, "1 or more"),
     (("train_size",), lambda x: x >= 0, "0 (= all) or more"),
+    (("min_tokens",), lambda x: x >= 0, "0 or more"),
     (("max_length",), lambda x: x >= 2, "2 or more"),
     (("max_new_tokens",), lambda x: x >= 1, "1 or more"),
     (("seed",), lambda x: 0 <= x < 2**32, "from 0 to 4294967295"),
@@ -140,6 +141,8 @@ class LLMArgs:
     """fold what the removed neurons contributed into the kept ones: their mean into the bias, or by least squares"""
     select_on: Part = "all"
     """tokens that the selection looks at: all of an example, its prompt, or its answer"""
+    min_tokens: int = 32
+    """an expert that a router sends fewer tokens of the selection data than this is ranked by magnitude"""
     head: Head = "train"
     """train the output head, freeze it, or untie it from the input embedding and train it alone"""
     precision: Precision = "auto"

@@ -20,21 +20,26 @@ from stt.trace import Source, bit_positions, trace
 ELSEWHERE = "a projection of it is also used elsewhere"
 
 
-@torch.inference_mode(False)
-@torch.enable_grad()
-@torch.autocast("cpu", enabled=False)
 def discover(model: nn.Module, example: Mapping[str, Tensor] | None) -> tuple[list[Site], list[LeftOut]]:
     """The sites of a model in the order of execution, and what is left out. Raises InputError if `example` does not
     fit the model."""
+    found = _looked_at(model, example)
+    sites = found.sites()
+    main, side_families = _main_families(model, sites, [tensors for _, tensors in found.refused.values()])
+    return main, [*found.left_out(sites), *side_families]
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+@torch.autocast("cpu", enabled=False)
+def _looked_at(model: nn.Module, example: Mapping[str, Tensor] | None) -> _Found:
     found = _Found(model)
     if example is not None:
         found.look("", model, dict(example))
     else:
         _try(found, "", model)
     _look_at_the_rest(found)
-    sites = found.sites()
-    main, side_families = _main_families(model, sites, [tensors for _, tensors in found.refused.values()])
-    return main, [*found.left_out(sites), *side_families]
+    return found
 
 
 def _try(found: _Found, name: str, module: nn.Module) -> bool:
@@ -181,16 +186,18 @@ class _Found:
 
     def _routed(self, downs: Iterable[str]) -> set[str]:
         """Down projections that read some of the positions: stacks, and blocks whose neighbours in their list read
-        another number of them, or none."""
+        another number of single positions (N, C), or none."""
         lists: dict[str, dict[str, int]] = defaultdict(dict)
-        stacks = set()
+        stacks, single = set(), set()
         for parameter in downs:
             calls = self.calls[parameter]
             if len(self.shapes[parameter]) == 3 or parameter != f"{layer_of(parameter)}.weight":
                 stacks.add(parameter)
             rows = 0 if calls[0].is_alone else sum(call.decoded.rows for call in calls)
             lists[_list_of(self.model, parameter)][parameter] = rows
-        return stacks.union(*(of_list for of_list in lists.values() if len(set(of_list.values())) > 1))
+            single |= {parameter} if rows and calls[0].down.input.ndim == 2 else set()
+        return stacks.union(*(of_list for of_list in lists.values()
+                              if len(set(of_list.values())) > 1 and single & of_list.keys()))
 
     # ------------------------------------------------------------ what was not executed
 

@@ -9,7 +9,7 @@ import copy
 import logging
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -37,7 +37,7 @@ from stt.checkpoint import (
 from stt.dummy import fitting_inputs
 from stt.errors import InputError
 from stt.narrow import parts_of, put_back
-from stt.sites import find_sites
+from stt.sites import Site, find_sites
 from stt.surgery import narrow_state, sliced_parameters, widest_dtype
 from stt.widths import left_out, narrow_config
 
@@ -79,7 +79,8 @@ def export_hf(directory: str | Path, out: str | Path, multiple_of: int = 1,
     config, widths = narrow_config(sliced, dense, sites, multiple_of, runtime is not None)
     serving.check_served(runtime, tp, widths.values())
     kept = _bytes(sliced, dtype)
-    plain = _plain_model(sliced, config, dtype, example)
+    plain = _plain_model(sliced, config, dtype, [sites[name].resized(widths[sites[name].width])
+                                                 for name in sliced.stt_selection])
     with written_whole(out) as part:
         plain.save_pretrained(part)
         _copy_tokenizer(directory, part)
@@ -166,13 +167,12 @@ def _dense_model(sliced: PreTrainedModel, base: str | Path) -> PreTrainedModel:
 
 
 def _plain_model(sliced: PreTrainedModel, config: PreTrainedConfig, dtype: torch.dtype,
-                 example: Mapping[str, Tensor] | None) -> PreTrainedModel:
-    """An ordinary model with the weights of `sliced` in its first units, and zeros in the others."""
+                 sites: Sequence[Site]) -> PreTrainedModel:
+    """An ordinary model with the weights of `sliced` in the first units of its `sites`, and zeros in the others."""
     plain = empty_model(type(sliced), config, dtype)
-    sites = find_sites(empty_model(type(sliced), config, dtype, "meta"), example)
     state = cast_floats(narrow_state(sliced), dtype)
     first = {name: torch.arange(len(ids)) for name, ids in sliced.stt_selection.items()}
-    for name, parts in parts_of(plain, [sites[name] for name in first], first).items():
+    for name, parts in parts_of(plain, sites, first).items():
         padded = torch.zeros_like(plain.state_dict()[name], dtype=dtype)
         put_back(padded, parts, as_stored(plain, name, state[name]))
         state |= dict.fromkeys(aliases(plain, name), padded)

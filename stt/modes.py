@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from stt import scores
 from stt.batches import Batch
+from stt.calibrate import MIN_TOKENS
 from stt.errors import InputError, unknown_name
 from stt.selecting import Budget, composition, kept, measure
 from stt.selection import Selection
@@ -68,11 +69,12 @@ def check_sites(model: nn.Module, partial: str) -> None:
 
 def select_units(mode: Mode, model: nn.Module, batches: Iterable[Batch], tokenizer: PreTrainedTokenizerBase | None,
                  size: Budget, threshold: float, seed: int, count_padding: bool = False, select_on: str = "all",
-                 compensate: str = "none") -> tuple[Selection, dict[str, dict[str, int]]]:
+                 compensate: str = "none", min_tokens: int = MIN_TOKENS) -> tuple[Selection, dict[str, dict[str, int]]]:
     """The mode's selection and, for STT's, its composition by site. Every other score gets STT's sizes site by site,
     so that modes differ in which neurons they keep and in nothing else."""
     measured = measure(model, batches, tokenizer, ["stt", mode.score], threshold=threshold, seed=seed,
-                       count_padding=count_padding, select_on=select_on, compensate=compensate)
+                       count_padding=count_padding, select_on=select_on, compensate=compensate,
+                       min_tokens=min_tokens)
     if mode.score == "stt":
         by_stt = kept(measured, "stt", size)
         return by_stt, composition(measured, by_stt)

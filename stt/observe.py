@@ -68,7 +68,7 @@ class Observer:
         rows = seen["hidden"]
         shown = Seen(_fitted(self.is_token, self.is_real, len(rows), self.site), **seen)
         with torch.autocast(rows.device.type, enabled=False):  # sums stay float32 whatever the model computes in
-            for statistics, part in zip(self.halves, _apart(shown, self._rows_in_b(len(rows))), strict=True):
+            for statistics, part in zip(self.halves, _apart(shown, self._rows_in_b), strict=True):
                 for statistic in statistics if part is not None else ():
                     if statistic.needs != ("weights",):
                         statistic.update(self.site.name, part)
@@ -83,15 +83,16 @@ class Observer:
         return self.in_b[:1].expand(rows)
 
 
-def _apart(seen: Seen, in_b: Tensor) -> tuple[Seen | None, Seen | None]:
-    """What the examples of each half show; None for a half that has no row here."""
+def _apart(seen: Seen, rows_in_b: Callable[[int], Tensor]) -> tuple[Seen | None, Seen | None]:
+    """What the examples of each half show; None for a half that has no row here. A strided convolution between the
+    projections leaves fewer rows behind it than before."""
+    in_b = rows_in_b(len(seen.hidden))
+    if not len(in_b) or in_b.all() or not in_b.any():
+        return (seen if len(in_b) and not in_b.any() else None), (seen if len(in_b) and in_b.all() else None)
     parts = []
-    for is_chosen in (~in_b, in_b):
-        if is_chosen.all() or not is_chosen.any():
-            parts.append(seen if is_chosen.all() and len(in_b) else None)
-            continue
-        rows = is_chosen.nonzero().flatten()
-        tensors = {name: value[rows] for name, value in vars(seen).items() if value is not None}
+    for is_b in (False, True):
+        tensors = {name: value[(rows_in_b(len(value)) == is_b).nonzero().flatten()]
+                   for name, value in vars(seen).items() if value is not None}
         parts.append(replace(seen, **tensors))
     return tuple(parts)
 

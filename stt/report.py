@@ -100,7 +100,15 @@ def agreement_lines(sites: Sequence[Mapping[str, object]]) -> list[str]:
     """How far each site's choice can be trusted, one line a site."""
     width = max(len(site["name"]) for site in sites)
     return [f"{site['name']:<{width}}  {site['kept']:>6,} of {site['width']:,} kept, Jaccard of two halves "
-            f"{decimal(site['jaccard'])}, margin at the cut {decimal(site['margin'])} sd" for site in sites]
+            f"{decimal(site['jaccard'])}, margin at the cut {decimal(site['margin'])} sd" + _tokens(site)
+            for site in sites]
+
+
+def _tokens(site: Mapping[str, object]) -> str:
+    """What an expert was judged on."""
+    if "tokens" not in site:
+        return ""
+    return f", {site['tokens']:,} tokens" + ("" if site["tokens"] >= site["min_tokens"] else ": ranked by magnitude")
 
 
 def _sections(results: Mapping[str, object], figures: Mapping[str, str]) -> list[Section]:

@@ -212,6 +212,12 @@ def _of_site(of_site: list[Tensor], size: Budget, site: str) -> Tensor:
     return budget.stt_union(of_site, size.topk_ratio)
 
 
+def routed_to(selection: Selection, site: str) -> dict[str, int]:
+    """The tokens an expert was judged on and the least that count; nothing for any other site."""
+    tokens = selection.meta.get("routed_tokens", {})
+    return {"tokens": tokens[site], "min_tokens": selection.meta["min_tokens"]} if site in tokens else {}
+
+
 def composition(measured: Measured, selection: Selection) -> dict[str, dict[str, int]]:
     """Of the kept units of each site: how many are there for their mean only, for both scores, for their rate only.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -95,10 +95,25 @@ class Site:
     def down_module(self) -> str:
         return self.members[-1].module
 
+    def resized(self, width: int) -> Site:
+        """The same block of another width: where its channels would stand."""
+        members, along = ([replace(member, channels=_resized(member.channels, width)) for member in group]
+                          for group in (self.members, self.along))
+        return replace(self, width=width, members=tuple(members), along=tuple(along))
+
     def pick(self, member: Member, units: Tensor) -> Tensor:
         """Channels of `member` that belong to `units`, in the layer's own order: (k * n,), and those that all share."""
         channels = member.channels[units].flatten()
         return (channels if member.shared is None else torch.cat([channels, member.shared])).sort().values
+
+
+def _resized(channels: Tensor, width: int) -> Tensor:
+    """(F, n) -> (width, n), in the same order: n blocks or n-tuples, behind as many others (experts) as before."""
+    units, per_unit = channels.shape
+    before = int(channels.min()) // channels.numel() * width * per_unit
+    is_tuples = per_unit > 1 and int(channels[0, 1] - channels[0, 0]) == 1
+    steps = (per_unit, 1) if is_tuples else (1, width)
+    return before + torch.arange(width).unsqueeze(1) * steps[0] + torch.arange(per_unit) * steps[1]
 
 
 @dataclass(frozen=True)

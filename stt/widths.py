@@ -95,7 +95,8 @@ def left_out(sliced: PreTrainedModel) -> dict[str, int]:
 
 def _entries(data: Mapping[str, object], config: PreTrainedConfig, above: Keys = ()) -> Iterator[Entry]:
     """Every entry of a config and of the configs in it."""
-    numbers = {value for value in data.values() if type(value) is int}
+    values = [each for value in data.values() for each in (value if type(value) is list else [value])]
+    numbers = {value for value in values if type(value) is int}
     for key, value in data.items():
         if key in config.sub_configs and isinstance(value, dict):
             yield from _entries(value, getattr(config, key), (*above, key))
@@ -123,30 +124,43 @@ def _candidates(entries: list[Entry], needed: Widths) -> Iterator[Change]:
 
 
 def _lists_of_ratios(entries: list[Entry], needed: Widths) -> Iterator[Change]:
-    """One ratio of width to hidden size for each of several stages."""
+    """One ratio of width to hidden size for each of several stages: the exact ones, then the next whole ones."""
     lists = {keys: value for keys, value, _ in entries if type(value) is list
              and all(type(each) in (int, float) for each in value)}
     for keys, ratios in lists.items():
-        for hidden in lists.values():
-            old = [round(ratio * size) for ratio, size in zip(ratios, hidden, strict=False)]
-            if len(hidden) == len(ratios) and hidden is not ratios and set(old) == set(needed):
-                yield {keys: [needed[width] / size for width, size in zip(old, hidden, strict=True)]}, needed
+        for hidden in (other for other in lists.values() if len(other) == len(ratios) and other is not ratios):
+            old = [round(ratio * size) for ratio, size in zip(ratios, hidden, strict=True)]
+            if not _changing(needed).keys() <= set(old) <= needed.keys():
+                continue
+            stages = list(zip(old, hidden, strict=True))
+            yield {keys: [_exact_ratio(needed[width], size) for width, size in stages]}, needed
+            whole = [math.ceil(needed[width] / size) for width, size in stages]
+            yield {keys: whole}, needed | {width: n * size for n, (width, size) in zip(whole, stages, strict=True)}
 
 
 def _ratios(ratio: float, numbers: set[int], needed: Widths) -> Iterator[tuple[float, Widths]]:
     """Smaller ratios of width to hidden size that hold the needed widths, and the widths they give: the exact one, then
     the next whole one, for a config that takes no other."""
-    smallest = min(needed)
+    changing = _changing(needed)
+    smallest = min(changing)
     hidden = round(smallest / ratio)
     if hidden * ratio != smallest or hidden not in numbers:
         return
-    width = max(-(-new * smallest // old) for old, new in needed.items())
+    width = max(-(-new * smallest // old) for old, new in changing.items())
+    for smaller in (_exact_ratio(width, hidden), math.ceil(width / hidden)):
+        widths = {old: int(round(old / ratio) * smaller) for old in changing}
+        if smaller < ratio and all(widths[old] >= new for old, new in changing.items()):
+            yield smaller, needed | widths
+
+
+def _changing(needed: Widths) -> Widths:
+    return {old: new for old, new in needed.items() if old != new}
+
+
+def _exact_ratio(width: int, hidden: int) -> float:
+    """The ratio of which a model makes the width, as int(hidden * ratio)."""
     exact = width / hidden
-    exact = exact if int(hidden * exact) == width else math.nextafter(exact, math.inf)
-    for smaller in (exact, math.ceil(width / hidden)):
-        widths = {old: round(old / ratio * smaller) for old in needed}
-        if smaller < ratio and all(widths[old] >= new for old, new in needed.items()):
-            yield smaller, widths
+    return exact if int(hidden * exact) == width else math.nextafter(exact, math.inf)
 
 
 def _padded_shapes(sliced: PreTrainedModel, dense: PreTrainedModel, sites: Sites, widths: Widths) -> Shapes:

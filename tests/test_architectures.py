@@ -25,6 +25,9 @@ USED = {
 WITHOUT = {"bit", "falcon_mamba", "mamba", "mamba2", "mobilenet_v1", "regnet", "resnet", "rt_detr_resnet", "textnet",
            "uvdoc_backbone"}  # no feed-forward block
 REFUSED = {"bitnet", "convnextv2", "squeezebert"}  # one that cannot be sliced exactly
+NO_WIDTH = {"bloom", "convnext", "dinov3_convnext", "flaubert", "hgnet_v2", "lilt",
+            "mobilenet_v2", "mobilevitv2", "mpt", "openai-gpt", "pp_lcnet", "pp_lcnet_v3", "pp_lcnet_v4",
+            "siglip", "siglip2", "xlm", "xlstm"}  # whose config has no entry that sets it, and nothing else
 NOT_RELOADED = {"pixio"}  # the dense model neither: its final norm is saved twice, under names of which one is loaded
 NO_NEURONS = {  # parameters that have an axis of a feed-forward width by chance
     "levit": ("keys_values.",), "nemo_speechlm": ("mixer.in_proj.",)}
@@ -52,6 +55,6 @@ def test_sliced_reloaded_and_exported(model_type: str, worker: Worker, tmp_path:
     if model_type in NOT_RELOADED:
         return
     assert row.reloaded <= 1e-5
-    assert row.exported is None or row.exported <= 1e-5
-    assert (row.exported is None) == bool(row.reason)
+    assert row.exported is None if model_type in NO_WIDTH else row.exported <= 1e-5
+    assert ("has no config entry" in row.reason) == (model_type in NO_WIDTH)
     assert not [name for name in row.uncovered if not any(part in name for part in NO_NEURONS.get(model_type, ()))]

@@ -2,15 +2,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_checkpoint import kept_units, sliced_tiny, whisper
 from tiny import NEURONS
 from tiny_text import build_tokenizer
@@ -23,6 +21,7 @@ from stt.errors import InputError
 from stt.export import export_dense, export_hf
 from stt.sites import find_sites
 from stt.surgery import train_only
+from tests.architectures.worker import Worker
 
 NO_CONFIG_ENTRY = {"bloom": "128 to 11",  # 4 x hidden, in code
                    "dinov2-swiglu": "48 to 11",  # rounded, in code
@@ -31,22 +30,6 @@ CHANGED = {**{name: {"n_inner": 11} for name in ("gpt2", "gptj", "gpt_bigcode")}
            "falcon": {"ffn_hidden_size": 11}, "distilbert": {"hidden_dim": 11}, "albert": {"intermediate_size": 10},
            "t5": {"d_ff": 13}, "mt5": {"d_ff": 13}, "dinov2": {"mlp_ratio": 1}, "swin": {"mlp_ratio": 10 / 16},
            **{name: {"encoder_ffn_dim": 11, "decoder_ffn_dim": 13} for name in ("bart", "marian", "m2m_100")}}
-ISOLATED = """
-import sys
-class Forbid:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "stt":
-            raise ImportError("stt is not there")
-sys.meta_path.insert(0, Forbid())
-from pathlib import Path
-import torch, transformers
-from safetensors.torch import load_file, save_file
-torch.set_num_threads(1)
-for folder in map(Path, sys.argv[1:]):
-    model = getattr(transformers, (folder / "auto").read_text()).from_pretrained(folder / "hf")
-    with torch.no_grad():
-        save_file({"logits": model(**load_file(folder / "batch.safetensors")).logits}, folder / "logits.safetensors")
-"""
 
 
 def saved(model: PreTrainedModel, folder: Path) -> Path:
@@ -88,18 +71,13 @@ def test_models_without_a_config_entry_are_refused(name: str, tmp_path: Path) ->
 def test_exported_models_load_where_stt_cannot_be_imported(tmp_path: Path) -> None:
     auto = {"qwen2-tied": "CausalLM", "phi3": "CausalLM", "gpt2": "CausalLM", "bert": "SequenceClassification",
             "t5": "Seq2SeqLM", "vit": "ImageClassification"}
-    expected = {}
-    for name, task in auto.items():
-        folder = tmp_path / name
-        model, batch = sliced_tiny(name)
-        export_hf(saved(model, folder), folder / "hf")
-        (folder / "auto").write_text(f"AutoModelFor{task}")
-        save_file(batch, folder / "batch.safetensors")
-        expected[folder] = tiny.outputs(model, batch)[0]
-    run = subprocess.run([sys.executable, "-I", "-c", ISOLATED, *map(str, expected)], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    for folder, logits in expected.items():
-        torch.testing.assert_close(load_file(folder / "logits.safetensors")["logits"], logits, rtol=0, atol=1e-5)
+    with Worker() as worker:
+        for name, task in auto.items():
+            folder = tmp_path / name
+            model, batch = sliced_tiny(name)
+            export_hf(saved(model, folder), folder / "hf")
+            logits = worker.run(folder / "hf", f"AutoModelFor{task}", batch)[0]
+            torch.testing.assert_close(logits, tiny.outputs(model, batch)[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("multiple_of", "width"), [(1, 11), (8, 16), (128, NEURONS)])

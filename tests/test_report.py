@@ -17,7 +17,7 @@ import pytest
 from stt import plots, words
 from stt.arguments import LLMArgs, resolved
 from stt.errors import InputError
-from stt.report import compare, load_run, summary_lines, write_report
+from stt.report import agreement_lines, compare, load_run, summary_lines, write_report
 from stt.runs import read_json
 from stt.words import amount, decimal, duration, paired_interval, percent, spread, wilson
 
@@ -352,3 +352,10 @@ def test_figures_can_be_drawn_for_one_and_for_many_rows(tmp_path):
         bars = [plots.Bar(f"row {i}", "stt", (0.5, 0.6), (1.0, 2.0)) for i in range(count)]
         plots.comparison({"a": (bars, 0.1), "b": (bars, 0.2)}, Path(tmp_path) / f"{count}.png")
         assert (tmp_path / f"{count}.png").stat().st_size > 10_000
+
+
+def test_an_expert_says_how_many_tokens_it_was_judged_on() -> None:
+    common = {"name": "e.0", "kept": 8, "width": 20, "jaccard": 0.5, "margin": 0.1, "min_tokens": 32}
+    many, few = agreement_lines([{**common, "tokens": 1234}, {**common, "tokens": 31}])
+    assert many.endswith("sd, 1,234 tokens")
+    assert few.endswith("sd, 31 tokens: ranked by magnitude")

@@ -56,7 +56,7 @@ def plain(small, tmp_path_factory) -> Path:
                                    ["--keep_ratio", "0.9"], ["--active_threshold", "5"], ["--seed", "1"],
                                    ["--preset", "best"], ["--score", "outside_score:MeanSize"],
                                    ["--compensate", "mean"], ["--select_on", "answer"],
-                                   ["--group_by_length"]], ids=" ".join)
+                                   ["--width", "uniform"], ["--group_by_length"]], ids=" ".join)
 def test_every_flag_changes_the_training(flags, small, plain, tmp_path):
     assert run(small, tmp_path, "--num_epoch", "1", *flags) == 0
     assert losses(tmp_path) != losses(plain)

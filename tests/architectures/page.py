@@ -36,7 +36,7 @@ def write(path: Path, names: Iterable[str]) -> int:
 def summary(rows: list[Row]) -> list[str]:
     """What the table comes to, a line each."""
     sliced = [row for row in rows if row.blocks]
-    exact = [row for row in sliced if max(row.sliced, row.reloaded or 0) <= EXACT]
+    exact = [row for row in sliced if row.sliced <= EXACT]
     reloaded = [row for row in sliced if row.reloaded is not None and row.reloaded <= EXACT]
     shipped = [row for row in sliced if row.exported is not None and row.exported <= EXACT]
     kinds = Counter("experts" if "experts" in row.kinds else "convolutions" if "conv" in row.kinds else
