@@ -50,14 +50,14 @@ def export_hf(directory: str | Path, out: str | Path, multiple_of: int = 1,
               example: Mapping[str, Tensor] | None = None, runtime: str | None = None, tp: int = 1) -> Path:
     """Write the sliced checkpoint `directory` as a narrow model that plain `from_pretrained` loads; the new folder.
 
-    All sites of one dense width get the same width: their widest, rounded up to `multiple_of` (with experts of 8, for
-    their grouped products), at most the dense one.
-    For a `runtime` (serving.RUNTIMES) on `tp` ranks it is also rounded up to what that needs, beyond the dense width if
-    it must be; the log says what the padding costs. The config entry is found by its value and verified by the shapes
-    of every parameter; the outputs are compared through real files before the folder appears, on `example` if the
-    model's input cannot be made up. Parameters of several dtypes are all written in the widest of them. Raises
-    InputError, with nothing written, if no config entry sets the width, if the width the runtime needs cannot be had,
-    or if `out` is not free.
+    All sites of one dense width get the same width: their widest, rounded up to `multiple_of` (with experts of 8,
+    for their grouped products), at most the dense one. For a `runtime` (serving.RUNTIMES) on `tp` ranks it is also
+    rounded up to what that needs, beyond the dense width if it must be; the log says what the padding costs. The
+    config entry is found by its value and verified by the shapes of every parameter; the outputs are compared
+    through real files before the folder appears, on `example` if the model's input cannot be made up (without one
+    the tensors are compared, and the log says so). Parameters of several dtypes are all written in the widest of
+    them. Raises InputError, with nothing written, if no config entry sets the width, if the width the runtime needs
+    cannot be had, or if `out` is not free.
     """
     directory, out = Path(directory), Path(out)
     check_free(out)

@@ -55,10 +55,9 @@ class STTTransformer:
         if any(True for _ in sliced_parameters(self.model)):
             raise InputError("the model is sliced already: apply a selection to the dense model")
         chosen = [self.sites[name] for name in self.selection]
-        in_place = [site for site in chosen if site.form != "linear"]
         plan = [(site, self._layers(site, self.selection[site.name])) for site in chosen if site.form == "linear"]
-        in_place = [site for site in in_place
-                    if site.kind != "attention" or len(self.selection[site.name]) < site.width]
+        in_place = [site for site in chosen if site.form != "linear"
+                    and (site.kind != "attention" or len(self.selection[site.name]) < site.width)]
         narrow_tensors = narrowed_tensors(self.model, in_place, self.selection)
         remember_widths(self.model, in_place, self.selection)
         narrow(self.model, narrow_tensors)
