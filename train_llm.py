@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Select-then-train a decoder: choose its neurons on a little data, train only those, measure, report.
+"""Select-then-train a decoder: choose its neurons or heads on a little data, train only those, measure, report.
 
 Without arguments: models/stt-tiny on the shipped CLUTRR data, offline. `python train_llm.py --help` explains the flags.
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from stt import cli, recipe
 from stt.errors import InputError
 from stt.llm_arguments import LLMArgs, resolved
-from stt.recipe import DEV_SHARE, GPU_MULTIPLE, SELECTION, kept_fraction, resumed_step, wandb
+from stt.recipe import DEV_SHARE, GPU_MULTIPLE, SELECTION, kept_fractions, resumed_step, wandb
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,7 +63,7 @@ def main(args: LLMArgs) -> int:
     # ---------------------------------------------------------------- select
     selection, sites, flops = None, [], {}
     if mode.score:
-        modes.check_sites(model, args.partial)
+        modes.check_sites(model, args.partial, args.units)
         selection, sites, flops["selection"] = select(args, mode, model, judge, run.path, clock)
     run.start(asdict(args), wandb(args), step)
     if selection is not None:
@@ -86,7 +86,7 @@ def main(args: LLMArgs) -> int:
     with clock.lap("evaluation"):
         modes.merge_adapters(model)
         flops["inference"] = judge.inference_flops(model)
-        parameters |= {"kept": count_parameters(model)["total"], "kept_fraction_of_units": kept_fraction(selection)}
+        parameters |= {"kept": count_parameters(model)["total"], **kept_fractions(selection)}
         pad_sites(model, GPU_MULTIPLE if device.type == "cuda" else 1)
         accuracy, answer_loss = judge.test(model, run.path), judge.answer_loss(model)
         perplexity["trained"] = judge.perplexity(model)
@@ -123,6 +123,7 @@ def select(args: LLMArgs, mode: Mode, model: PreTrainedModel, judge: Judge, fold
            clock: Clock) -> tuple[Selection, list[dict[str, object]], int]:
     """The selection, its sites for the record, and the FLOPs of making it."""
     from stt.dataset import encode_all, selection_subset
+    from stt.selecting import measured_for
     from stt.trainers.sft import collate
 
     examples = selection_subset(judge.task.train, args.active_sample_ratio, args.seed)
@@ -131,8 +132,8 @@ def select(args: LLMArgs, mode: Mode, model: PreTrainedModel, judge: Judge, fold
                for i in range(0, len(rows), args.eval_batch)]
     with clock.lap("selection"):
         selection, sites = recipe.select(args, mode, model, batches, judge.tokenizer, folder, args.select_on)
-    methods = list(dict.fromkeys(["stt", mode.score]))
-    return selection, sites, judge.selection_flops(model, rows, methods, args.compensate or "none")
+    methods, head_score = measured_for(["stt", mode.score], args.units)
+    return selection, sites, judge.selection_flops(model, rows, methods, args.compensate or "none", head_score)
 
 
 def read_text(path: str) -> str:

@@ -82,6 +82,11 @@ class Site:
     sizes: tuple[Size | Argument, ...] = ()  # what changes in an attention module besides its tensors
 
     @property
+    def units(self) -> str:
+        """What its units are: "neurons" or "heads"."""
+        return "heads" if self.kind == "attention" else "neurons"
+
+    @property
     def owner(self) -> str:
         """The innermost module that holds all of it."""
         names = [member.module.replace(".", "/") for member in (*self.members, *self.along)]
