@@ -219,8 +219,8 @@ class RunArgs:
             raise InputError("compensate, preset, width and multiple_of are about neurons, and only heads are chosen; "
                              "leave them out, or give --units both.")
         if self.units != "neurons" and self.tune_attn:
-            raise InputError(f"tune_attn also trains the attention, and --units {self.units} trains what it keeps of it "
-                             "anyway; leave one of them out.")
+            raise InputError(f"tune_attn also trains the attention, and --units {self.units} trains what it keeps "
+                             "of it anyway; leave one of them out.")
 
     def _check_keeps_everything(self, is_served: bool) -> None:
         """No flag of a selection that is not made."""

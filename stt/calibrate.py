@@ -156,8 +156,9 @@ def _pass(model: nn.Module, sites: Sites, halves: tuple[list[Statistic], list[St
             for part, rows in alone(model, whole) if is_routed and not count_padding else [(whole, slice(None))]:
                 masks = {} if count_padding else token_masks(model, part, select_on)
                 real = {} if count_padding else token_masks(model, part)
-                observers = [Observer(site, halves, needs[site.units], _mask_of(site, model, masks), _mask_of(site, model, real),
-                                      in_b[rows], site.name == last, _gate_bias(model, site))
+                observers = [Observer(site, halves, needs[site.units], _mask_of(site, model, masks),
+                                      _mask_of(site, model, real), in_b[rows], site.name == last,
+                                      _gate_bias(model, site))
                              for site in sites.values() if needs[site.units]]
                 _show(model, sites, observers, part, with_gradients)
     shown.add_up_over_ranks()

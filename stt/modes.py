@@ -62,9 +62,10 @@ def find(name: str, score: str | None = None) -> Mode:
 
 
 def check_sites(model: nn.Module, partial: str, units: str = "neurons") -> None:
-    """Raises InputError if the model has none of the blocks that hold these units (selecting.UNITS), or if only a part
-    of them can be sliced, unless `partial` is "ok"."""
-    lost = [*(find_sites(model).lost if units != "heads" else ()), *(find_heads(model).lost if units != "neurons" else ())]
+    """Raises InputError if the model has no site of these units (selecting.UNITS), or if only a part of its blocks can
+    be sliced, unless `partial` is "ok"."""
+    finders = {"neurons": [find_sites], "heads": [find_heads], "both": [find_sites, find_heads]}[units]
+    lost = [entry for find in finders for entry in find(model).lost]
     if lost and partial != "ok":
         raise InputError(f"only a part of {type(model).__name__} can be sliced: {lost[0].name} and {len(lost) - 1} "
                          f"more cannot ({lost[0].reason}); `stt sites` lists them, --partial ok goes on with the rest")

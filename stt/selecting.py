@@ -81,7 +81,7 @@ def select(model: nn.Module, data: Iterable[Batch] = (), tokenizer: PreTrainedTo
            min_tokens: int = MIN_TOKENS, units: str = "neurons", heads_keep: float | None = None) -> Selection:
     """The units of `model` worth keeping, judged on `data` (an iterable of batches, or a list of strings).
 
-    `units` are "neurons", attention "heads" (a key/value head with its query heads is one unit) or "both". `score` is "stt" (the union of the best by mean activation and by activation rate) or the name of one score.
+    `score` is "stt" (the union of the best by mean activation and by activation rate) or the name of one score.
     `keep` is the share of every site to keep, or a selection (or counts by site) whose sizes to match; None keeps the
     best `topk_ratio` by each score, as published. `across_sites` ranks all units of the model together, by one score
     whose values compare between sites. `compensate` ("none", "mean", "lstsq") folds what the removed neurons
@@ -91,9 +91,10 @@ def select(model: nn.Module, data: Iterable[Batch] = (), tokenizer: PreTrainedTo
     multiple of 8; one that fewer than `min_tokens` tokens reach is ranked by magnitude. How far the two halves of the
     data agree, and how clear the cut is, stands in `meta["reliability"]`.
 
-    Heads are ranked by the score of the same name, or by the norm of what they make (head_scores.matching), and every
-    attention site keeps the share `heads_keep` (None: `keep`, if that is a share, or `topk_ratio`) or as many as the
-    selection to match; `across_sites`, `compensate`, `width` and `multiple_of` are about neurons.
+    `units` are "neurons", attention "heads" (a key/value head with its query heads is one) or "both". Heads are ranked
+    by the score of the same name, or by the norm of what they make (head_scores.matching). Every attention keeps the
+    share `heads_keep` (None: `keep`, or `topk_ratio`), or as many as the selection to match. `across_sites`,
+    `compensate`, `width` and `multiple_of` are about neurons.
 
     Raises InputError for an unknown name, a ratio outside (0, 1], empty data, or a model without sites.
 
@@ -114,8 +115,8 @@ def _check_units(units: str, size: Budget, compensate: str) -> None:
     if units not in UNITS:
         raise unknown_name("units", units, UNITS)
     if units == "neurons" and size.heads_keep is not None:
-        raise InputError("heads_keep is a share of attention heads, and only neurons are selected: give units=\"heads\" "
-                         "or \"both\", or leave it out")
+        raise InputError("heads_keep is a share of attention heads, and only neurons are selected: leave it out, or "
+                         "give units=\"heads\" or \"both\"")
     if units == "heads" and (size.across_sites or compensate != "none" or size.width != "free" or size.multiple_of > 1):
         raise InputError("across_sites, compensate, width and multiple_of are about neurons, and only heads are "
                          "selected: leave them out, or give units=\"both\"")

@@ -206,14 +206,18 @@ def _shapes(model: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
 
 def describe(model: nn.Module) -> dict[str, object]:
     """What was found and what was left out and why, as JSON: the answer of `stt sites`. A model of which nothing can be
-    sliced has no sites and all the reasons."""
+    sliced has no sites and all the reasons. `heads` are the query heads of one unit of attention, 0 for neurons."""
     from stt.discover import discover
+    from stt.heads import discover_heads
 
-    sites, left_out = discover(model, None)
+    found = {"neurons": discover(model, None), "heads": discover_heads(model)}
     return {"model": type(model).__name__,
             "sites": [{"name": site.name, "kind": site.kind, "form": site.form, "width": site.width,
-                       "group": site.group, "members": _own_names(site)} for site in sites],
-            "left_out": [{"name": entry.name, "reason": entry.reason, "is_loss": entry.is_loss} for entry in left_out]}
+                       "group": site.group, "members": _own_names(site), "units": units,
+                       "heads": site.heads if units == "heads" else 0}
+                      for units, (sites, _) in found.items() for site in sites],
+            "left_out": [{"name": entry.name, "reason": entry.reason, "is_loss": entry.is_loss, "units": units}
+                         for units, (_, left_out) in found.items() for entry in left_out]}
 
 
 def _own_names(site: Site) -> list[str]:

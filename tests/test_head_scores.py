@@ -104,9 +104,10 @@ def test_wrong_input() -> None:
         stt.select(model, [BATCH], units="head")
     with pytest.raises(InputError, match="heads_keep must be in"):
         stt.select(model, [BATCH], units="both", heads_keep=0.0)
-    with pytest.raises(InputError, match="heads_keep is a share of attention heads.*leave it out"):
+    with pytest.raises(InputError, match="heads_keep is a share of attention heads.*give units=\"heads\""):
         stt.select(model, [BATCH], heads_keep=0.5)
-    for wrong in ({"compensate": "mean"}, {"width": "uniform"}, {"multiple_of": 2}, {"across_sites": True, "keep": 0.5}):
+    for wrong in ({"compensate": "mean"}, {"width": "uniform"}, {"multiple_of": 2},
+                  {"across_sites": True, "keep": 0.5}):
         with pytest.raises(InputError, match="are about neurons, and only heads are selected"):
             stt.select(model, [BATCH], units="heads", **wrong)
     with pytest.raises(InputError, match="calibration data is empty"):
@@ -168,7 +169,8 @@ def test_how_many_heads_are_kept() -> None:
 
 def test_compensation_is_of_neurons_alone() -> None:
     model = build("gpt2").model
-    both, neurons = (stt.select(model, [BATCH], keep=0.5, compensate="mean", units=units) for units in ("both", "neurons"))
+    both, neurons = (stt.select(model, [BATCH], keep=0.5, compensate="mean", units=units)
+                     for units in ("both", "neurons"))
     assert both.new_values.keys() == neurons.new_values.keys()
     assert all(torch.equal(value, neurons.new_values[name]) for name, value in both.new_values.items())
 
