@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -208,9 +208,8 @@ def describe(model: nn.Module) -> dict[str, object]:
     """What was found and what was left out and why, as JSON: the answer of `stt sites`. A model of which nothing can be
     sliced has no sites and all the reasons. `heads` are the query heads of one unit of attention, 0 for neurons."""
     from stt.discover import discover
-    from stt.heads import discover_heads
 
-    found = {"neurons": discover(model, None), "heads": discover_heads(model)}
+    found = {"neurons": discover(model, None), "heads": _heads(model)}
     return {"model": type(model).__name__,
             "sites": [{"name": site.name, "kind": site.kind, "form": site.form, "width": site.width,
                        "group": site.group, "members": _own_names(site), "units": units,
@@ -218,6 +217,17 @@ def describe(model: nn.Module) -> dict[str, object]:
                       for units, (sites, _) in found.items() for site in sites],
             "left_out": [{"name": entry.name, "reason": entry.reason, "is_loss": entry.is_loss, "units": units}
                          for units, (_, left_out) in found.items() for entry in left_out]}
+
+
+def _heads(model: nn.Module) -> tuple[list[Site], Sequence[LeftOut]]:
+    """The attention sites and what is left out."""
+    from stt.heads import find_heads
+
+    try:
+        heads = find_heads(model)
+    except InputError as error:
+        return [], [LeftOut("attention", str(error), is_loss=False)]
+    return list(heads.values()), heads.left_out
 
 
 def _own_names(site: Site) -> list[str]:

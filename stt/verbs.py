@@ -35,7 +35,7 @@ class ReportArgs:
 
 @dataclass(frozen=True)
 class SitesArgs:
-    """Show the feed-forward sites of a model, and what was looked at and left out."""
+    """Show the sites of a model, of neurons and of attention heads, and what was looked at and left out."""
 
     model: Annotated[str, Positional, arg(metavar="MODEL")]
     """folder, hub id or alias"""
@@ -131,15 +131,21 @@ def _usage() -> str:
 
 
 def _site_table(found: Mapping[str, object]) -> str:
-    """`found` as stt.sites.describe makes it. The experts of one stack are one row."""
+    """`found` as stt.sites.describe makes it. The experts of one stack are one row; the width of an attention is its
+    units (key/value heads) x the query heads of each."""
     header = ("site", "form", "kind", "width", "members")
     stacks = [list(sites) for _, sites in itertools.groupby(found["sites"], key=lambda site: site["group"])]
     rows = [(sites[0]["name"] + (f" ... {sites[-1]['name'].rpartition('.')[2]}" if len(sites) > 1 else ""),
-             sites[0]["form"], sites[0]["kind"], str(sites[0]["width"]), ", ".join(sites[0]["members"]))
+             sites[0]["form"], sites[0]["kind"], _width(sites[0]), ", ".join(sites[0]["members"]))
             for sites in stacks]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
              for row in (header, *rows)]
-    lines += [f"{'lost' if entry['is_loss'] else 'left out'}  {entry['name']}: {entry['reason']}"
+    lines += [f"{entry['units']} {'lost' if entry['is_loss'] else 'left out'}  {entry['name']}: {entry['reason']}"
               for entry in found["left_out"]]
     return "\n".join(lines)
+
+
+def _width(site: Mapping[str, object]) -> str:
+    """Neurons, or units times the query heads of each."""
+    return f"{site['width']} x {site['heads']}" if site["units"] == "heads" else str(site["width"])
