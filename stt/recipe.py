@@ -80,7 +80,7 @@ def selected_by(args: RunArgs, mode: Mode, *more: str) -> str | None:
         return None
     parts = [*([] if args.units == "heads" else [mode.score]),
              *([] if args.compensate in (None, "none") else [f"compensated by {args.compensate}"]),
-             *([] if args.units == "neurons" else [f"heads by {matching(mode.score)}"]),
+             *([] if args.units == "neurons" else [f"{matching(mode.score)} of heads"]),
              *more, *([] if args.preset == "published" else [f"preset {args.preset}"])]
     return ", ".join(parts)
 
