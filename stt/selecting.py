@@ -96,7 +96,8 @@ def select(model: nn.Module, data: Iterable[Batch] = (), tokenizer: PreTrainedTo
     share `heads_keep` (None: `keep`, or `topk_ratio`), or as many as the selection to match. `across_sites`,
     `compensate`, `width` and `multiple_of` are about neurons.
 
-    Raises InputError for an unknown name, a ratio outside (0, 1], empty data, or a model without sites.
+    Raises InputError for an unknown name, a ratio outside (0, 1], `min_tokens` below 0, empty data, or a model without
+    sites.
 
     >>> selection = stt.select(model, batches, tokenizer, score="contribution", keep=0.3)
     """
@@ -138,6 +139,8 @@ def measure(model: nn.Module, data: Iterable[Batch], tokenizer: PreTrainedTokeni
             options: Mapping[str, Mapping[str, object]] | None = None, head_score: str | None = None) -> Measured:
     """All scores of neurons that `methods` need, the moments that `compensate` needs, and the `head_score` of attention
     sites, in one pass over `data`. `options` are keyword arguments by score name."""
+    if type(min_tokens) is not int or min_tokens < 0:
+        raise InputError(f"min_tokens must be a whole number of 0 or more, got {min_tokens}")
     names = list(dict.fromkeys(name for method in methods for name in scores_of(method)))
     given = {"activation_rate": {"threshold": threshold}, "random": {"seed": seed}, **(options or {})}
     made = [scores.make(name, **given.get(name, {})) for name in names]
