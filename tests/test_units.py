@@ -21,7 +21,7 @@ from stt.selection import Selection
 from tests.attention import masked
 
 ATTENTION = [f"model.layers.{layer}.self_attn" for layer in range(5)]
-QUICK = ("--num_epoch", "1", "--no_eval_epochs")
+QUICK = ("--num_epoch", "1", "--no_eval_epochs", "--train_size", "12")
 IDS = torch.arange(3, 43).view(2, 20)
 
 
@@ -123,7 +123,8 @@ def test_heads_alone(small, tmp_path) -> None:
 
 def test_interrupted_and_resumed_equals_uninterrupted(small, tmp_path, monkeypatch) -> None:
     """Bitwise: weights and answers, with adapters on neurons and on heads, which both move."""
-    flags = ("--units", "both", "--mode", "stt_lora", "--lora_dropout", "0.1", "--no_eval_epochs")
+    flags = ("--units", "both", "--mode", "stt_lora", "--lora_dropout", "0.1", "--no_eval_epochs",
+             "--train_size", "8")
     assert run(small, tmp_path / "whole", *flags) == 0
 
     def stop(self, args, state, control, **_):
