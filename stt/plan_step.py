@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,27 +22,30 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from stt.calibrate import body_of, last_site
 from stt.dummy import fitting_inputs
 from stt.errors import InputError
 from stt.loss import Transform, cross_entropy_at, is_head_on_body
 from stt.observe import Done
-from stt.sites import Sites
+from stt.sites import find_sites
 from stt.trace import evaluating
-from util.torch_flops import FORMULAS
+from util.torch_flops import flops_of, training_flops
 
 # Shapes: B examples, T tokens, L labelled positions of an example, V words.
 
+WITHOUT_MASK = "sdpa_without_mask"  # transformers makes a mask wherever it cannot look for padding
+AttentionInterface.register(WITHOUT_MASK, sdpa_attention_forward)
+AttentionMaskInterface.register(WITHOUT_MASK, lambda *_, **__: None)
 UNKNOWN_WITHOUT_DATA = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 
 
 @dataclass(frozen=True)
 class Step:
-    """Of one batch, forward and backward. `peak_bytes` is what there is besides the model's own weights and buffers at
-    the worst moment: gradients, activations, everything in between."""
+    """Forward and backward: FLOPs of one example, bytes of a whole batch. `peak_bytes` is what there is besides the
+    model's own weights and buffers at the worst moment: gradients, activations, everything in between."""
 
     flops: int
     saved_bytes: int
@@ -51,7 +54,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Batch:
-    """B examples of T tokens, L of them labelled."""
+    """B examples of T tokens, L of them labelled; more than one example means padding, so a mask."""
 
     examples: int
     length: int
@@ -60,38 +63,41 @@ class Batch:
 
 def training_step(model: PreTrainedModel, batch: Batch, autocast_dtype: torch.dtype | None,
                   keeps_gradients: bool = True) -> Step:
-    """What a training step of `model`, which is on the meta device, ready to train, and loses that by this, takes.
+    """What a training step takes. `model` is on the meta device and ready to train, and is of no other use afterwards.
 
-    Without `keeps_gradients` a gradient is gone as soon as it is there: sharded training keeps a part of it elsewhere.
+    Without `keeps_gradients` a gradient is gone as soon as it is there: sharded training keeps its part elsewhere.
     """
     head = _head_of_chunks(model)
     with _without_data(model.train()):
-        loss = _loss(model, batch, head)
-        owned = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+        alone = _loss(model, replace(batch, examples=1), head, autocast_dtype)
+        flops = training_flops(model, {}, lambda *_: alone())
+        owned = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
         if not keeps_gradients:
             for parameter in (p for p in model.parameters() if p.requires_grad):
                 parameter.register_post_accumulate_grad_hook(_forget)
-        saved = _Saved(owned)
-        counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
-        with _Held(owned) as held, counter:
-            with saved.hooks(), torch.autocast("cpu", autocast_dtype, enabled=autocast_dtype is not None):
+        loss, saved = _loss(model, batch, head, autocast_dtype), _Saved(owned)
+        with _Held(owned) as held:  # a counter of FLOPs would keep the blocks from being fused
+            with saved.hooks():
                 result = loss()
             saved_bytes = saved.total()
             result.backward()
-    return Step(counter.get_total_flops(), saved_bytes, held.peak)
+    return Step(flops, saved_bytes, held.peak)
 
 
-def selection_flops(model: PreTrainedModel, sites: Sites, length: int) -> int:
-    """FLOPs of showing one example to the scores that need a forward pass: it ends at the last site. `model` is dense,
-    on the meta device, and loses that by this."""
-    counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+def selection_flops(model: PreTrainedModel, length: int) -> int:
+    """FLOPs of showing one example to scores that need a forward pass and no gradients: it ends at the last site.
+    `model` is dense, on the meta device, and of no other use afterwards."""
+    sites = find_sites(model)
     with _without_data(model), evaluating(model), torch.no_grad():
         inputs, last = _inputs(model, 1, length), last_site(model, sites, set())
         if last is not None:
             model.get_submodule(sites[last].down_module).register_forward_pre_hook(_end)
-        with counter, suppress(Done):
-            body_of(model, sites)(**inputs)
-    return counter.get_total_flops()
+        return flops_of(lambda: _until_done(body_of(model, sites), inputs))
+
+
+def _until_done(body: nn.Module, inputs: Mapping[str, object]) -> None:
+    with suppress(Done):
+        body(**inputs)
 
 
 def _end(module: nn.Module, args: tuple) -> None:
@@ -111,6 +117,10 @@ def _inputs(model: PreTrainedModel, examples: int, length: int) -> dict[str, Ten
     if made is None:
         raise InputError(f"no input can be made up for {type(model).__name__}, so its step cannot be counted: give a "
                          "model of text, pictures or sound")
+    if examples == 1 and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(WITHOUT_MASK)
+    elif model.config._attn_implementation == WITHOUT_MASK:
+        model.set_attn_implementation("sdpa")
     shapes = {name: (examples, length) if value.dtype == torch.long else (examples, *value.shape[1:])
               for name, value in made.items() if isinstance(value, Tensor)}
     return made | {name: torch.zeros(shape, dtype=made[name].dtype) for name, shape in shapes.items()}
@@ -122,17 +132,19 @@ def _head_of_chunks(model: PreTrainedModel) -> nn.Linear | None:
     return model.get_output_embeddings() if is_decoder and is_head_on_body(model) else None
 
 
-def _loss(model: PreTrainedModel, batch: Batch, head: nn.Linear | None) -> Callable[[], Tensor]:
+def _loss(model: PreTrainedModel, batch: Batch, head: nn.Linear | None,
+          autocast_dtype: torch.dtype | None) -> Callable[[], Tensor]:
     """The loss of the recipes, to be computed: in chunks, at the labelled positions, if that is the `head`'s."""
     inputs = _inputs(model, batch.examples, batch.length)
-    if head is None:
-        return lambda: _own_loss(model(**inputs))
     rows = torch.zeros(batch.examples * batch.labelled, dtype=torch.long)  # (B L,), any of them
 
-    def chunked() -> Tensor:
-        hidden = model.base_model(**inputs, return_dict=True).last_hidden_state  # (B, T, D)
-        return cross_entropy_at(hidden, head.weight, head.bias, rows, rows, Transform())
-    return chunked
+    def loss() -> Tensor:
+        with torch.autocast("cpu", autocast_dtype, enabled=autocast_dtype is not None):
+            if head is None:
+                return _own_loss(model(**inputs))
+            hidden = model.base_model(**inputs, return_dict=True).last_hidden_state  # (B, T, D)
+            return cross_entropy_at(hidden, head.weight, head.bias, rows, rows, Transform())
+    return loss
 
 
 def _own_loss(outputs: Mapping[str, object]) -> Tensor:
