@@ -8,8 +8,10 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from stt.arguments import KEEPS_EVERYTHING, Head, Mode, Partial
+from stt.arguments import KEEPS_EVERYTHING, Head, Mode, Partial, check_choices, check_ranges
 from stt.errors import InputError
+
+PUBLISHED_RATIO = 0.3
 
 # (fields, accepted?, in words); None is accepted where it is the default
 RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
@@ -39,7 +41,7 @@ class PlanArgs:
     """divide weights, gradients and AdamW state between the GPUs (FSDP2)"""
     train_batch: Annotated[int, arg(aliases=("--batch_size",))] = 8
     """examples of a GPU per forward pass"""
-    max_length: int = 512
+    max_length: int = 256
     """tokens of every example"""
     answer_length: int | None = None
     """tokens of an example that are trained on; None = all"""
@@ -69,11 +71,8 @@ class PlanArgs:
     """write JSON instead of a table"""
 
     def __post_init__(self) -> None:
-        for names, is_accepted, accepted in RANGES:
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and not is_accepted(value):
-                    raise InputError(f"{name} must be {accepted}, got {value}")
+        check_ranges(self, RANGES)
+        check_choices(self, {"mode": Mode, "head": Head, "precision": Literal["bf16", "fp32"], "partial": Partial})
         for pair in (("keep", "topk_ratio"), ("examples", "tokens"), ("tflops", "measure")):
             if all(getattr(self, name) for name in pair):
                 raise InputError(f"{pair[0]} and {pair[1]} are two ways to say the same; give one of them.")
@@ -86,6 +85,11 @@ class PlanArgs:
                              f"none), got {self.answer_length}")
         if (self.tflops or self.measure) and not (self.examples or self.tokens):
             raise InputError("the time follows from the amount of data; give --examples or --tokens too.")
+
+    @property
+    def proposed(self) -> float:
+        """The share that each of STT's two scores proposes."""
+        return PUBLISHED_RATIO if self.topk_ratio is None else self.topk_ratio
 
     @property
     def labelled(self) -> int:

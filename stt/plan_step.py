@@ -26,7 +26,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from stt.calibrate import body_of, last_site
-from stt.dummy import fitting_inputs
+from stt.dummy import dummy_inputs, fitting_inputs
 from stt.errors import InputError
 from stt.loss import Transform, cross_entropy_at, is_head_on_body
 from stt.observe import Done
@@ -43,13 +43,12 @@ UNKNOWN_WITHOUT_DATA = (DataDependentOutputException, DynamicOutputShapeExceptio
 
 
 @dataclass(frozen=True)
-class Step:
-    """Forward and backward: FLOPs of one example, bytes of a whole batch. `peak_bytes` is what there is besides the
-    model's own weights and buffers at the worst moment: gradients, activations, everything in between."""
+class Held:
+    """Bytes of a training step: what its forward saves for its backward, and what there is besides the model's own
+    weights and buffers at the worst moment: gradients, activations, everything in between."""
 
-    flops: int
-    saved_bytes: int
-    peak_bytes: int
+    saved: int
+    peak: int
 
 
 @dataclass(frozen=True)
@@ -61,27 +60,35 @@ class Batch:
     labelled: int
 
 
-def training_step(model: PreTrainedModel, batch: Batch, autocast_dtype: torch.dtype | None,
-                  keeps_gradients: bool = True) -> Step:
-    """What a training step takes. `model` is on the meta device and ready to train, and is of no other use afterwards.
+def step_flops(model: PreTrainedModel, batch: Batch, autocast_dtype: torch.dtype | None) -> int:
+    """FLOPs of training on one example of the batch, forward and backward. `model` is on the meta device and ready to
+    train, and of no other use afterwards."""
+    head = _head_of_chunks(model)
+    with _without_data(model.train()):
+        loss = _loss(model, replace(batch, examples=1), head, autocast_dtype)
+        return training_flops(model, {}, lambda *_: loss())
+
+
+def step_bytes(model: PreTrainedModel, batch: Batch, autocast_dtype: torch.dtype | None,
+               keeps_gradients: bool = True) -> Held:
+    """What a training step holds; `model` as above.
 
     Without `keeps_gradients` a gradient is gone as soon as it is there: sharded training keeps its part elsewhere.
     """
     head = _head_of_chunks(model)
     with _without_data(model.train()):
-        alone = _loss(model, replace(batch, examples=1), head, autocast_dtype)
-        flops = training_flops(model, {}, lambda *_: alone())
+        loss = _loss(model, batch, head, autocast_dtype)
         owned = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
         if not keeps_gradients:
             for parameter in (p for p in model.parameters() if p.requires_grad):
                 parameter.register_post_accumulate_grad_hook(_forget)
-        loss, saved = _loss(model, batch, head, autocast_dtype), _Saved(owned)
-        with _Held(owned) as held:  # a counter of FLOPs would keep the blocks from being fused
+        saved = _Saved(owned)
+        with _Alive(owned) as alive:
             with saved.hooks():
                 result = loss()
             saved_bytes = saved.total()
             result.backward()
-    return Step(flops, saved_bytes, held.peak)
+    return Held(saved_bytes, alive.peak)
 
 
 def selection_flops(model: PreTrainedModel, length: int) -> int:
@@ -113,7 +120,8 @@ def _forget(parameter: Tensor) -> None:
 
 def _inputs(model: PreTrainedModel, examples: int, length: int) -> dict[str, Tensor | bool]:
     """A batch of what the model reads; token ids are (B, T), anything else is as large as the model wants it."""
-    made = fitting_inputs(model)
+    reads_text = model.main_input_name == "input_ids"
+    made = next(dummy_inputs(model)) if reads_text else fitting_inputs(model)
     if made is None:
         raise InputError(f"no input can be made up for {type(model).__name__}, so its step cannot be counted: give a "
                          "model of text, pictures or sound")
@@ -206,7 +214,7 @@ class _Saved:
         return total
 
 
-class _Held(TorchDispatchMode):
+class _Alive(TorchDispatchMode):
     """Follows the bytes of the storages that operations make, until they are freed; those in `owned` do not count."""
 
     def __init__(self, owned: set[int]):
