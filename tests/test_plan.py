@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from pathlib import Path
 
 import pytest
 import small_runs
@@ -51,8 +52,21 @@ def trained(mode: str, head: str = "train", precision: str = "fp32", checkpointi
     return model, loss
 
 
-RUNS = [("stt", "train", "fp32", False), ("stt", "untie", "bf16", False), ("baseline", "train", "bf16", False),
-        ("lora", "freeze", "fp32", False), ("stt_lora", "train", "bf16", False), ("stt", "train", "bf16", True)]
+@pytest.fixture(scope="session")
+def two_layers(tmp_path_factory) -> str:
+    """A folder with the config of a two-layer decoder of 64 positions, where any model will do."""
+    folder = tmp_path_factory.mktemp("two-layers")
+    as_config(ARCHITECTURES["llama"]()[0], folder)
+    return str(folder)
+
+
+def as_config(model, folder) -> None:
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+
+
+RUNS = [("stt", "train", "fp32", False), ("baseline", "untie", "bf16", False), ("lora", "freeze", "fp32", False),
+        ("stt_lora", "train", "bf16", False), ("stt", "train", "bf16", True)]
 
 
 @pytest.mark.parametrize(("mode", "head", "precision", "checkpointing"), RUNS)
@@ -92,11 +106,6 @@ def test_a_single_example_needs_no_mask(capsys):
     assert B * saved[1] < 0.95 * saved[B]  # the mask, and the keys and values of every head instead of every group
 
 
-def as_config(model, folder) -> None:
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
-
-
 @pytest.mark.parametrize("name", ["gpt2", "cohere", "bert", "t5", "vit"])
 def test_other_architectures(name, tmp_path, capsys):
     """Parameters, and FLOPs of the model's own loss where that is not the chunked one of a decoder."""
@@ -128,16 +137,17 @@ def test_experts_are_refused(flags, tmp_path, capsys):
 def test_totals_are_those_of_a_run(small, tmp_path, capsys):
     """train_llm.py on examples of one length writes the same parameters and FLOPs into results.json."""
     rows = [{"prompt": f"{a} + {b} =", "completion": f" {c}"} for a in (1, 2, 3, 4) for b in (5, 6, 7) for c in (8, 9)]
-    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    flags = ["--model", SHIPPED, "--train_file", str(tmp_path / "sums.jsonl"), "--eval_file",
-             str(tmp_path / "sums.jsonl"), *small[2:], "--keep_ratio", "0.4", "--no_eval_epochs", "--max_new_tokens", "2"]
+    path = str(tmp_path / "sums.jsonl")
+    Path(path).write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--model", SHIPPED, "--train_file", path, "--eval_file", path, *small[2:], "--keep_ratio", "0.4",
+             "--no_eval_epochs", "--max_new_tokens", "2"]
     assert small_runs.run(flags, tmp_path) == 0
     results = small_runs.results(tmp_path)
     from stt.dataset import encode_all, read_own, tokenised
     from stt.loading import load_tokenizer
 
     tokenizer = load_tokenizer(SHIPPED)
-    task = tokenised(read_own(str(tmp_path / "sums.jsonl"), str(tmp_path / "sums.jsonl"), 2), tokenizer, 256, False)
+    task = tokenised(read_own(path, path, 2), tokenizer, 256, False)
     encoded = encode_all(task.train, tokenizer, 256, False)[0]
     assert len({(len(row["input_ids"]), sum(label != -100 for label in row["labels"])) for row in encoded}) == 1
     capsys.readouterr()
@@ -150,8 +160,8 @@ def test_totals_are_those_of_a_run(small, tmp_path, capsys):
         assert found["plans"][0]["flops"][name] == results["flops"][name], name
 
 
-def test_seconds_and_steps_by_hand(capsys):
-    found = answer(capsys, SHIPPED, "--mode", "random", "--keep", "0.3", "--gpus", "2", "--tokens", "1000",
+def test_seconds_and_steps_by_hand(two_layers, capsys):
+    found = answer(capsys, two_layers, "--mode", "random", "--keep", "0.3", "--gpus", "2", "--tokens", "1000",
                    "--max_length", "64", "--epochs", "3", "--tflops", "0.5", "--train_batch", "2")
     flops = found["plans"][0]["flops"]
     assert flops["training"] == flops["training_example"] * 16 * 3  # 1000 / 64 examples, rounded up
@@ -177,9 +187,9 @@ def test_the_union_is_a_range(capsys):
     assert re.search(r"neurons kept +29\.\d % +59\.\d %", shown)
 
 
-def test_what_does_not_fit_and_what_would(monkeypatch, capsys):
+def test_what_does_not_fit_and_what_would(two_layers, monkeypatch, capsys):
     """The peak that a change promises is that of a plan with these flags."""
-    flags = [SHIPPED, "--keep", "0.3", "--gpus", "2", "--max_length", "128"]
+    flags = [two_layers, "--keep", "0.3", "--gpus", "2", "--max_length", "64"]
     peak = answer(capsys, *flags)["plans"][0]["memory"]["peak"]
     alone = answer(capsys, *flags, "--train_batch", "1")["plans"][0]["memory"]["peak"]
     whole = answer(capsys, *flags, "--train_batch", "1", "--activation_checkpointing", "--shard")["plans"][0]["memory"]
@@ -284,9 +294,9 @@ def test_a_sliced_model_is_refused(tmp_path, capsys):
     assert "is already sliced" in capsys.readouterr().err
 
 
-def test_measured_speed(capsys):
+def test_measured_speed(two_layers, capsys):
     """What is measured here is what numpy's product of the same size reaches, give or take a busy machine."""
-    found = answer(capsys, SHIPPED, "--keep", "0.3", "--max_length", "16", "--examples", "10", "--measure",
+    found = answer(capsys, two_layers, "--keep", "0.3", "--max_length", "16", "--examples", "10", "--measure",
                    "--precision", "fp32")
     a = torch.randn(512, 512).numpy()
     seconds = []
