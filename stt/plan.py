@@ -187,7 +187,7 @@ def _cards(dense: PreTrainedModel, selection: Selection | None, args: PlanArgs, 
     """
     cards = {size: {"fits": peak <= USABLE * size * 1e9, "change": None, "peak": peak} for size in CARDS}
     open_ones = [size for size in reversed(CARDS) if not cards[size]["fits"]]
-    changes = _changes(args) if open_ones else iter(())
+    changes = _changes(args, dense.supports_gradient_checkpointing) if open_ones else iter(())
     for flags, changed in changes:
         peak = _memory(_prepared(dense, selection, changed), changed)["peak"]
         for size in [size for size in open_ones if peak <= USABLE * size * 1e9]:
@@ -198,12 +198,13 @@ def _cards(dense: PreTrainedModel, selection: Selection | None, args: PlanArgs, 
     return {str(size): card for size, card in cards.items()}
 
 
-def _changes(args: PlanArgs) -> Iterator[tuple[str, PlanArgs]]:
+def _changes(args: PlanArgs, can_checkpoint: bool) -> Iterator[tuple[str, PlanArgs]]:
     """Flags that save memory, each in addition to those before it."""
     flags: list[str] = []
     for flag, name, value, is_of_use in (
             ("--train_batch 1", "train_batch", 1, args.train_batch > 1),
-            ("--activation_checkpointing", "activation_checkpointing", True, not args.activation_checkpointing),
+            ("--activation_checkpointing", "activation_checkpointing", True,
+             can_checkpoint and not args.activation_checkpointing),
             ("--shard", "shard", True, args.gpus > 1 and not args.shard),
             ("--head freeze", "head", "freeze", args.head != "freeze")):
         if is_of_use:
