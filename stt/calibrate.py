@@ -142,9 +142,10 @@ def _pass(model: nn.Module, sites: Sites, halves: tuple[list[Statistic], list[St
           shown: _Shown) -> None:
     """Show every batch to the statistics of its half."""
     needs = _needs(halves[0])
-    last = _last_site(model, sites, needs)
+    seen = {name: site for name, site in sites.items() if needs[site.units]}
+    last = last_site(model, seen, needs["neurons"] | needs["heads"])
     is_routed = any(site.is_routed for site in sites.values())
-    with_gradients = any("gradients" in of_units for of_units in needs.values())
+    with_gradients = "gradients" in needs["neurons"] | needs["heads"]
     with _prepared(model, with_gradients):
         hidden = None if progress else True  # None: shown on a terminal
         for batch in tqdm(batched(batches), desc="measuring units", unit="batch", disable=hidden):
@@ -159,7 +160,7 @@ def _pass(model: nn.Module, sites: Sites, halves: tuple[list[Statistic], list[St
                 observers = [Observer(site, halves, needs[site.units], _mask_of(site, model, masks),
                                       _mask_of(site, model, real), in_b[rows], site.name == last,
                                       _gate_bias(model, site))
-                             for site in sites.values() if needs[site.units]]
+                             for site in seen.values()]
                 _show(model, sites, observers, part, with_gradients)
     shown.add_up_over_ranks()
     if not sum(shown.tokens):
@@ -183,7 +184,7 @@ def _show(model: nn.Module, sites: Sites, observers: list[Observer], inputs: dic
             _summed_loss(model, inputs).backward()
             return
         with suppress(Done):
-            _body(model, sites)(**{name: value for name, value in inputs.items()
+            body_of(model, sites)(**{name: value for name, value in inputs.items()
                                    if name != "labels" or model.config.is_encoder_decoder})
 
 
@@ -195,16 +196,14 @@ def _gate_bias(model: nn.Module, site: Site) -> Tensor | None:
     return own if site.gate_bias.expert is None else own[site.gate_bias.expert]
 
 
-def _last_site(model: nn.Module, sites: Sites, needs: Mapping[str, set[str]]) -> str | None:
+def last_site(model: nn.Module, sites: Mapping[str, Site], needs: set[str]) -> str | None:
     """The site behind which nothing needs to be computed; None if that cannot be said: gradients need the loss, a block
     that is called often (a shared layer, or the positions in chunks) may not be done after its first call, and the
     order of execution is known among blocks of neurons and among heads, not between them."""
-    seen = [site for site in sites.values() if needs[site.units]]
-    is_called_once = all(site.calls == 1 and not site.is_routed for site in seen)
+    is_called_once = all(site.calls == 1 and not site.is_routed for site in sites.values())
     is_chunked = getattr(model.config, "chunk_size_feed_forward", 0)
-    has_gradients = any("gradients" in needs[site.units] for site in seen)
-    is_one_kind = len({site.units for site in seen}) == 1
-    return seen[-1].name if is_called_once and is_one_kind and not is_chunked and not has_gradients else None
+    is_one_kind = len({site.units for site in sites.values()}) == 1
+    return list(sites)[-1] if is_called_once and is_one_kind and not is_chunked and "gradients" not in needs else None
 
 
 def _summed_loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -228,7 +227,7 @@ def _summed_loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2), labels, ignore_index=-100, reduction="sum")
 
 
-def _body(model: nn.Module, sites: Sites) -> nn.Module:
+def body_of(model: nn.Module, sites: Sites) -> nn.Module:
     """The model without its head, if all sites lie in it: statistics need no logits."""
     prefix = getattr(model, "base_model_prefix", "")
     body = getattr(model, prefix, None) if prefix else None
