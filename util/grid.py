@@ -62,6 +62,11 @@ class Grid:
     axes: tuple[str, ...]
     runs: tuple[Run, ...]
 
+    @property
+    def array_range(self) -> str:
+        """What `sbatch --array` takes."""
+        return f"0-{len(self.runs) - 1}"
+
     def run(self, index: int) -> Run:
         """Run number `index`. Raises InputError outside the grid."""
         if not 0 <= index < len(self.runs):

@@ -65,7 +65,7 @@ def main(args: TaskArgs) -> int:
     """The run's exit code; 0 for the questions."""
     grid = read_grid(args.grid)
     if args.count:
-        sys.stdout.write(f"0-{len(grid.runs) - 1}\n")
+        sys.stdout.write(f"{grid.array_range}\n")
     elif args.show is not None:
         sys.stdout.write(f"{grid.run(args.show).shown()}\n")
     else:

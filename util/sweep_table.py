@@ -92,7 +92,8 @@ def _end(last: Mapping[str, object]) -> str:
         return f"its end was not seen{job}"
     if code == STOPPED:
         return f"stopped after saving{job}"
-    return (f"exit code {code}" if code < 128 else f"ended by {signal.Signals(code - 128).name}") + job
+    by_signal = code - 128 in signal.valid_signals()
+    return (f"ended by {signal.Signals(code - 128).name}" if by_signal else f"exit code {code}") + job
 
 
 def _last_words(record: Record) -> str:
@@ -142,8 +143,8 @@ def markdown(grid: Grid, found: Sequence[Outcome], metrics: Sequence[str]) -> st
              *(spread([outcome.numbers[metric] for outcome in group if metric in outcome.numbers])
                for metric in metrics)] for point, group in groups.items()]
     lines = [f"### {grid.question}", "", *markdown_table([[*names, "done", *metrics], *rows]), "",
-             f"{counted([outcome.state for outcome in found])} of {len(found)} runs. Only runs that are done are in the "
-             "table; ± is the standard deviation over them."]
+             f"{counted([outcome.state for outcome in found])} of {len(found)} runs. The table is about the runs that "
+             "are done; ± is the standard deviation over them."]
     for state in ("failed", "partial"):
         listed = troubles([outcome.run for outcome in found if outcome.state == state], state)
         lines += ["", *(f"- {line}" for line in listed)] if listed else []
