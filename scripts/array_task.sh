@@ -21,7 +21,7 @@ put_back() {
     echo "error: stopped after $SLURM_RESTART_COUNT requeues; STT_MAX_REQUEUES allows more, sbatch again goes on" >&2
     return
   fi
-  case $(squeue -h -j "$SLURM_JOB_ID" -o %T) in CANCELLED | COMPLETING) return ;; esac
+  case $(scontrol show job "$SLURM_JOB_ID" 2>/dev/null) in *JobState=CANCELLED*) return ;; esac
   # The plain job id would requeue the whole array. It is refused where SLURM itself has requeued the task already.
   scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" 2>/dev/null || true
 }
