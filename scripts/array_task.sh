@@ -21,9 +21,11 @@ put_back() {
     echo "error: stopped after $SLURM_RESTART_COUNT requeues; STT_MAX_REQUEUES allows more, sbatch again goes on" >&2
     return
   fi
-  case $(scontrol show job "$SLURM_JOB_ID" 2>/dev/null) in *JobState=CANCELLED*) return ;; esac
-  # The plain job id would requeue the whole array. It is refused where SLURM itself has requeued the task already.
-  scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" 2>/dev/null || true
+  case $(squeue -h -j "$SLURM_JOB_ID" -o "%T %r") in
+    "COMPLETING TimeLimit") ;;
+    COMPLETING* | CANCELLED*) return ;; # scancel, or SLURM itself has put it back (preemption, scontrol requeue)
+  esac
+  scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" # the plain job id would requeue the whole array
 }
 
 "$python" -m util.sweep "$grid" --run "${SLURM_ARRAY_TASK_ID:?start this with sbatch --array}" &
