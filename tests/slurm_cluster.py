@@ -45,7 +45,7 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
-KillWait=5
+KillWait=30
 MinJobAge=86400
 GresTypes=gpu
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} Gres=gpu:h100:{gpus}
@@ -80,8 +80,9 @@ class Cluster:
 
     def __init__(self, folder: Path):
         self.folder, self.host = folder, socket.gethostname().partition(".")[0]
-        self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"),
-                                         "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
+        own = {name: value for name, value in os.environ.items()
+               if not name.startswith(("SLURM_", "SBATCH_", "STT_")) and name != "OMP_NUM_THREADS"}
+        self.environment = own | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{own['PATH']}:/usr/sbin:/sbin"}
 
     def start(self) -> None:
         """Raises Unavailable if the node does not come up."""
@@ -124,7 +125,7 @@ class Cluster:
 
     def wait(self, *jobs: str, seconds: float = 120) -> None:
         """Until the queue has none of these jobs."""
-        ended = wait_until(lambda: not self._call("squeue", "-h", "-j", ",".join(jobs), check=False), seconds)
+        ended = wait_until(lambda: not self._call("squeue", "-h", "-j", ",".join(jobs)), seconds)
         assert ended, self._call("squeue", check=False)
 
     def signal_task(self, job: str, name: str = "USR1") -> None:

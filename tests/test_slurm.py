@@ -245,7 +245,7 @@ def test_a_preempted_task_goes_on(cluster: Cluster, checkout: Path) -> None:
 def test_time_limits(cluster: Cluster, checkout: Path) -> None:
     """A minute each (SLURM acts up to half a minute late): with a warning before, and with none but the SIGTERM at the
     limit. Both go on to the same weights."""
-    grid = grid_of(checkout, fixed={"steps": 1800, "step_seconds": 0.05}, axes={"seed": [0, 1]})
+    grid = grid_of(checkout, fixed={"steps": 1950, "step_seconds": 0.05}, axes={"seed": [0, 1]})
     warned = submit(cluster, checkout, "--array=0", "--time=1", "--signal=B:USR1@20")
     unwarned = submit(cluster, checkout, "--array=1", "--time=1", "--signal=B:CONT@1")
     cluster.wait(warned, unwarned, seconds=280)
