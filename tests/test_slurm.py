@@ -243,7 +243,7 @@ def test_a_preempted_task_goes_on(cluster: Cluster, checkout: Path) -> None:
 
 
 def test_time_limits(cluster: Cluster, checkout: Path) -> None:
-    """A minute each, give or take half a minute: with a warning before, and with none but the SIGTERM at the limit. Both
+    """A minute each, give or take half a minute: with a warning before, and with none but SIGTERM at the limit. Both
     go on to the same weights."""
     ways = [{"seed": 0, "steps": 700}, {"seed": 1, "steps": 1950}]  # more than fit, at 0.05 seconds each
     grid = grid_of(checkout, fixed={"step_seconds": 0.05}, axes={"way": ways})
