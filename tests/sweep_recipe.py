@@ -42,7 +42,7 @@ class SmallArgs:
     steps: int = 5
     """of the walk"""
     step_seconds: float = 0.0
-    """pause before each step"""
+    """a step takes"""
     fails: Literal["never", "input", "training", "silently", "killed"] = "never"
     """how it ends after two steps"""
     note: str | None = None
@@ -72,8 +72,10 @@ def main(args: SmallArgs) -> int:
     run.start(asdict(args), wandb_sink("project", None, args.run_name, asdict(args)) if args.use_wandb else None)
     (folder / "pid").write_text(str(os.getpid()))
     step, walk, generator = restored(folder, args)
+    due = time.monotonic()
     while step < args.steps:
-        time.sleep(args.step_seconds)
+        due += args.step_seconds
+        time.sleep(max(0.0, due - time.monotonic()))
         step, walk = step + 1, [0.9 * value + args.lr * generator.gauss(0, 1) for value in walk]
         save(folder, step, walk, generator)
         run.log(step=step)

@@ -245,8 +245,8 @@ def test_a_preempted_task_goes_on(cluster: Cluster, checkout: Path) -> None:
 def test_time_limits(cluster: Cluster, checkout: Path) -> None:
     """A minute each, give or take half a minute: with a warning before, and with none but SIGTERM at the limit. Both
     go on to the same weights."""
-    ways = [{"seed": 0, "steps": 700}, {"seed": 1, "steps": 1950}]  # more than fit, at 0.05 seconds each
-    grid = grid_of(checkout, fixed={"step_seconds": 0.05}, axes={"way": ways})
+    ways = [{"seed": 0, "steps": 350}, {"seed": 1, "steps": 1050}]  # 105 seconds: the second life stays within a minute
+    grid = grid_of(checkout, fixed={"step_seconds": 0.1}, axes={"way": ways})
     warned = submit(cluster, checkout, "--array=0", "--time=1", "--signal=B:USR1@20")
     unwarned = submit(cluster, checkout, "--array=1", "--time=1", "--signal=B:CONT@1")
     cluster.wait(warned, unwarned, seconds=280)

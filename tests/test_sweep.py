@@ -100,6 +100,13 @@ def test_stopped_runs_go_on_to_the_same_result(tmp_path):
     assert [attempt["exit_code"] for attempt in sweep.Record(run).read()["attempts"]] == [75, 75, 0]
 
 
+def test_a_request_that_comes_while_a_run_is_being_started(tmp_path):
+    children = sweep.Children()
+    children.request = signal.SIGTERM
+    with open(tmp_path / "lock", "w") as lock:
+        assert children.run(["sleep", "60"], os.environ, None, lock) == 143
+
+
 def test_a_run_that_runs_is_not_started_again(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "PATIENCE", 0.2)
     path = written(tmp_path, fixed={"steps": 1000, "step_seconds": 0.05})

@@ -196,12 +196,10 @@ class Children:
                 signal.signal(number, handler)
 
     def run(self, command: list[str], environment: Environment, output: IO[bytes] | None, lock: IO[str]) -> int:
-        """The exit code of the command (128 + the signal that ended it); 75 if nothing is to be started any more.
+        """The exit code of the command (128 + the signal that ended it).
 
         It has a process group of its own, so that the Ctrl-C of a terminal reaches it only through us.
         """
-        if self.request is not None:
-            return STOPPED
         child = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                                  pass_fds=[lock.fileno()], process_group=0)
         self._running.add(child)
