@@ -66,6 +66,8 @@ def _run(todo: Sequence[Run], jobs: int, children: Children, finished: int) -> N
         pending = {pool.submit(act, run): run for run in todo}
         for future in as_completed(pending):
             code = future.result()
+            if code == STOPPED:
+                continue
             bar.update()
             if code:
                 logger.info("exit code %d: %s", code, pending[future].folder)
