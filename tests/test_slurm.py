@@ -175,8 +175,7 @@ def test_a_storm_of_signals_changes_nothing(cluster: Cluster, checkout: Path) ->
     assert states(cluster.tasks(job)) == {str(task): "COMPLETED 0:0" for task in range(6)}
     assert sum(restarts(cluster, job).values()) >= 20
     assert [results(grid, index)["sha"] for index in range(6)] == uninterrupted(grid, checkout / "whole")
-    log = (checkout / f"test_llm-{job}_0.log").read_text()
-    assert "going on with" in log
+    assert any("going on with" in log.read_text() for log in checkout.glob("test_llm-*.log"))
     ids = {Record(run).read()["wandb_id"] for run in grid.runs}
     assert len(ids) == 6
 

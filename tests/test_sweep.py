@@ -83,7 +83,7 @@ def test_stopped_runs_go_on_to_the_same_result(tmp_path):
     """Asked to stop again and again, by each signal in turn: the same numbers as without."""
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
-    whole, stopped = (written(tmp_path / name, fixed={"steps": 12, "step_seconds": 0.05})
+    whole, stopped = (written(tmp_path / name, fixed={"steps": 40, "step_seconds": 0.05})
                       for name in ("whole", "stopped"))
     assert task(whole, "--run", "5") == 0
     run = read_grid(stopped).runs[5]
@@ -171,7 +171,7 @@ def test_failed_runs_are_kept_apart_and_tried_again_only_when_asked(tmp_path, ca
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_a_stopped_sweep_goes_on(tmp_path, number, code):
     """Ctrl-C: both running children save and end, the third is not started; the next sweep goes on with all three."""
-    path = written(tmp_path, fixed={"steps": 30, "step_seconds": 0.05}, axes={"seed": [0, 1, 2]})
+    path = written(tmp_path, fixed={"steps": 80, "step_seconds": 0.05}, axes={"seed": [0, 1, 2]})
     runs = read_grid(path).runs
     process = started("-m", "stt", "sweep", "run", path, "--jobs", "2")
     eventually(lambda: all((run.folder / "checkpoint-1" / "state.json").exists() for run in runs[:2]))
@@ -215,7 +215,7 @@ def test_a_run_that_goes_on_continues_its_wandb_run(tmp_path):
     """wandb.init takes the id from WANDB_RUN_ID where none is given, as here."""
     (tmp_path / "wandb.py").write_text(FAKE_WANDB)
     seen = tmp_path / "seen"
-    path = written(tmp_path, fixed={"steps": 30, "step_seconds": 0.05, "use_wandb": "true"}, axes={"seed": [0, 1]})
+    path = written(tmp_path, fixed={"steps": 40, "step_seconds": 0.05, "use_wandb": "true"}, axes={"seed": [0, 1]})
     variables = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "SEEN": str(seen), "WANDB_RUN_ID": "the caller's own"}
     runs = read_grid(path).runs
     for index in (0, 1):
