@@ -2,6 +2,7 @@
 that finds sites."""
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -67,8 +68,9 @@ def _watching(model: nn.Module) -> Iterator[_Watch]:
 
 def attending(built: Built) -> list[str]:
     """The modules that attend in the forward pass of its batch: the innermost with weights of their own."""
-    with torch.no_grad(), _watching(built.model) as watch:
-        outputs(built.model, built.inputs)
+    model = copy.deepcopy(built.model)  # a forward pass may leave something behind
+    with torch.no_grad(), _watching(model) as watch:
+        outputs(model, built.inputs)
     return list(watch.found)
 
 
