@@ -5,15 +5,15 @@ Without arguments: models/stt-tiny on the shipped CLUTRR data, offline. `python 
 """
 from __future__ import annotations
 
-import logging
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stt import cli
-from stt.arguments import LLMArgs, resolved
+from stt import cli, recipe
 from stt.errors import InputError
+from stt.llm_arguments import LLMArgs, resolved
+from stt.recipe import DEV_SHARE, GPU_MULTIPLE, SELECTION, kept_fraction, resumed_step, wandb
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,15 +23,6 @@ if TYPE_CHECKING:
     from stt.modes import Mode
     from stt.selection import Selection
     from util.clock import Clock
-    from util.sinks import Sink
-
-logger = logging.getLogger("stt.train_llm")
-
-SELECTION = "selection.safetensors"
-GPU_MULTIPLE = 128  # kept neurons of a site are padded to a multiple of this for inference on a GPU
-DEV_SHARE = 0.1  # of the training data, held out by --dev_mode
-MAY_CHANGE = ("resume", "overwrite", "eval_restored", "log_interval", "output_dir", "ppl_text",
-              "use_wandb", "wandb_project", "wandb_entity", "wandb_run_name")  # between a run and its resumption
 
 
 def main(args: LLMArgs) -> int:
@@ -43,9 +34,10 @@ def main(args: LLMArgs) -> int:
     from stt.evaluate.llm import Judge
     from stt.loading import check_decoder, compute_dtype, load_model, load_tokenizer
     from stt.surgery import count_parameters, pad_sites
-    from stt.trainers.sft import train, training_arguments
+    from stt.trainers.loop import training_arguments
+    from stt.trainers.sft import train
     from util.clock import Clock
-    from util.utils import RunFolder, git_commit, peak_memory_bytes, pick_device, set_seed, versions
+    from util.utils import RunFolder, peak_memory_bytes, pick_device, set_seed
 
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
@@ -86,8 +78,8 @@ def main(args: LLMArgs) -> int:
     flops["training"] = judge.training_flops(model, encoded, args.num_epoch)
     validate = (lambda: judge.accuracy(model, task.validation)) if args.eval_epochs else None
     with clock.lap("training"):
-        train(model, encoded, tokenizer.pad_token_id, training_arguments(args, run.path, device, autocast_dtype),
-              run.log, validate, args.resume, run.seconds)
+        arguments = training_arguments(args, run.path, device, autocast_dtype, args.group_by_length)
+        train(model, encoded, tokenizer.pad_token_id, arguments, run.log, validate, args.resume, run.seconds)
     peak = peak_memory_bytes()
 
     # ---------------------------------------------------------------- measure
@@ -104,12 +96,11 @@ def main(args: LLMArgs) -> int:
 
     # ---------------------------------------------------------------- ship and report
     ship(model, judge, run.path / "checkpoint", selection is not None)
+    part = [] if args.select_on == "all" else [f"on the {args.select_on}"]
     results = {
-        "recipe": "train_llm", "mode": args.mode, "model": args.model, "task": task.name, "seed": args.seed,
-        "selected_by": selected_by(args, mode), "head": args.head, "dev_mode": args.dev_mode, "accuracy": accuracy,
+        "recipe": "train_llm", **recipe.described(args, mode, task.name, device, *part), "accuracy": accuracy,
         "answer_loss": answer_loss, "perplexity": perplexity, "parameters": parameters, "flops": flops,
-        "throughput": throughput, "peak_memory_bytes": peak, "seconds": clock.seconds(), "sites": sites,
-        "versions": versions(), "git_commit": git_commit(), "device": str(device)}
+        "throughput": throughput, "peak_memory_bytes": peak, "seconds": clock.seconds(), "sites": sites}
     report.write_report(run.path, results)
     run.finish(results)
     print("\n".join([*report.summary_lines(results), f"report: {run.path / 'report.html'}"]))
@@ -130,49 +121,18 @@ def load_data(args: LLMArgs, tokenizer: PreTrainedTokenizerBase) -> Task:
 
 def select(args: LLMArgs, mode: Mode, model: PreTrainedModel, judge: Judge, folder: Path,
            clock: Clock) -> tuple[Selection, list[dict[str, object]], int]:
-    """The selection, its sites for the record, and the FLOPs of making it.
-
-    Raises InputError if a resumed run would select otherwise than it did.
-    """
+    """The selection, its sites for the record, and the FLOPs of making it."""
     from stt.dataset import encode_all, selection_subset
-    from stt.modes import select_units
-    from stt.report import agreement_lines
-    from stt.selecting import Budget, routed_to
-    from stt.selection import Selection
     from stt.trainers.sft import collate
 
     examples = selection_subset(judge.task.train, args.active_sample_ratio, args.seed)
     rows, _ = encode_all(examples, judge.tokenizer, args.max_length, args.apply_chat_template)
     batches = [collate(judge.tokenizer.pad_token_id)(rows[i:i + args.eval_batch])
                for i in range(0, len(rows), args.eval_batch)]
-    size = Budget(args.topk_ratio, args.keep_ratio, width=args.width, multiple_of=args.multiple_of)
     with clock.lap("selection"):
-        selection, composition = select_units(
-            mode, model, batches, judge.tokenizer, size, args.active_threshold, args.seed, args.count_padding,
-            args.select_on, args.compensate or "none", args.min_tokens)
-    if args.resume and Selection.load(folder / SELECTION).without_new_values() != selection.without_new_values():
-        raise InputError(f"{folder / SELECTION} is not what this run selects now: the model or the data changed; start "
-                         "again with --overwrite")
-    sites = [{"name": name, "width": selection.widths[name], "kept": len(ids), **composition.get(name, {}),
-              **selection.meta["reliability"][name], **routed_to(selection, name)} for name, ids in selection.items()]
-    logger.info("\n".join(agreement_lines(sites)))
+        selection, sites = recipe.select(args, mode, model, batches, judge.tokenizer, folder, args.select_on)
     methods = list(dict.fromkeys(["stt", mode.score]))
     return selection, sites, judge.selection_flops(model, rows, methods, args.compensate or "none")
-
-
-def selected_by(args: LLMArgs, mode: Mode) -> str | None:
-    """What chose the neurons, in words."""
-    if mode.score is None:
-        return None
-    parts = [mode.score, *([] if args.compensate in (None, "none") else [f"compensated by {args.compensate}"]),
-             *([] if args.select_on == "all" else [f"on the {args.select_on}"]),
-             *([] if args.preset == "published" else [f"preset {args.preset}"])]
-    return ", ".join(parts)
-
-
-def kept_fraction(selection: Selection | None) -> float:
-    """Share of all units of all sites that are kept."""
-    return 1.0 if selection is None else sum(map(len, selection.values())) / sum(selection.widths.values())
 
 
 def read_text(path: str) -> str:
@@ -196,29 +156,6 @@ def ship(model: PreTrainedModel, judge: Judge, folder: Path, is_sliced: bool) ->
     else:
         model.to(widest_dtype(model.parameters())).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-
-
-def resumed_step(folder: Path, args: LLMArgs) -> int:
-    """The step of the checkpoint to go on from. Raises InputError if the run was started with other flags."""
-    from stt.runs import read_json
-    from stt.trainers.sft import last_checkpoint
-
-    step = int(last_checkpoint(folder).rpartition("-")[2])
-    before = read_json(folder / "args.json")["arguments"]
-    for name, value in asdict(args).items():
-        if name not in MAY_CHANGE and before.get(name) != value:
-            raise InputError(f"the run in {folder} was started with {name} {before.get(name)!r}, now it is {value!r}: "
-                             "resume with the same flags, or start another run")
-    return step
-
-
-def wandb(args: LLMArgs) -> Sink:
-    """The W&B run if asked for, else nothing."""
-    from util.sinks import NoSink, wandb_sink
-
-    if not args.use_wandb:
-        return NoSink()
-    return wandb_sink(args.wandb_project, args.wandb_entity, args.wandb_run_name or args.run_name, asdict(args))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""The flags of train_llm.py: every published one under its published name and aliases, and ours below them."""
+"""The flags that every training recipe has: the published ones under their published names, and ours below them."""
 from __future__ import annotations
 
-import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, ClassVar, Literal, TypeVar, get_args
 
 from tyro.conf import arg
 
@@ -17,7 +16,7 @@ from stt.serving import most_widths
 logger = logging.getLogger(__name__)
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-SHIPPED_MODEL = CHECKOUT / "models" / "stt-tiny"
+SHIPPED_MODELS = CHECKOUT / "models"
 MODEL_ALIASES = {"qwen": "Qwen/Qwen2.5-1.5B", "qwen3": "Qwen/Qwen2.5-3B", "qwen7": "Qwen/Qwen2.5-7B"}
 
 Mode = Literal["baseline", "lora", "stt", "stt_lora", "magnitude_pruning", "wanda_adapt", "random"]
@@ -27,15 +26,10 @@ Head = Literal["train", "freeze", "untie"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Partial = Literal["refuse", "ok"]
 Preset = Literal["published", "best"]
-Compensation = Literal["none", "mean", "lstsq"]
-Part = Literal["all", "prompt", "answer"]
+Compensation = Literal["none", "mean", "lstsq", "lstsq_weights"]
 
 # What selects, where a flag leaves it open: as published (None), or what our comparison (README, Results) says is best.
 PRESETS = {"published": {}, "best": {"score": "contribution", "compensate": "lstsq"}}
-
-# What `None` stands for: the shipped model needs other numbers than a real one (those are the published defaults).
-FOR_SHIPPED_MODEL = {"lr": 1e-3, "num_epoch": 3, "train_batch": 32, "schedule": True}
-FOR_REAL_MODELS = {"lr": 1e-5, "num_epoch": 10, "train_batch": 8, "schedule": False}
 
 # (fields, accepted?, in words); None is accepted where it is the default
 RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
@@ -47,46 +41,52 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
       "multiple_of"), lambda x: x >= 1, "1 or more"),
     (("train_size",), lambda x: x >= 0, "0 (= all) or more"),
     (("min_tokens",), lambda x: x >= 0, "0 or more"),
-    (("max_length",), lambda x: x >= 2, "2 or more"),
-    (("max_new_tokens",), lambda x: x >= 1, "1 or more"),
     (("seed",), lambda x: 0 <= x < 2**32, "from 0 to 4294967295"),
     (("active_threshold",), math.isfinite, "a finite number"),
 )
 
+Args = TypeVar("Args", bound="RunArgs")
 
-def _open(name: str, metavar: str, *aliases: str) -> object:
-    """How a flag is shown whose default depends on the model."""
-    shipped, real = (json.dumps(numbers[name]) for numbers in (FOR_SHIPPED_MODEL, FOR_REAL_MODELS))
-    hint = f"(default: {shipped} for stt-tiny, {real} for other models)"
-    return arg(aliases=aliases, metavar=metavar, help_behavior_hint=hint)
+
+def check_ranges(args: object, ranges: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...]) -> None:
+    """Raises InputError for the first number that is out of its range."""
+    for names, is_accepted, accepted in ranges:
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not is_accepted(value):
+                raise InputError(f"{name} must be {accepted}, got {value}")
+
+
+def check_choices(args: object, choices: Mapping[str, object]) -> None:
+    """Raises InputError for the first field that is none of the names its Literal lists."""
+    for name, kind in choices.items():
+        value = getattr(args, name)
+        if value is not None and value not in get_args(kind):
+            raise unknown_name(name, str(value), get_args(kind))
 
 
 @dataclass(frozen=True)
-class LLMArgs:
-    """Select the neurons of a decoder that a task needs, train only those, measure, and write a report.
+class RunArgs:
+    """What a training recipe is told. Its own class says what the first five are, and the values that `None` stands for
+    with a model we ship and with any other one (`for_shipped_model`, `for_real_models`)."""
 
-    Without arguments: select-then-train of the shipped models/stt-tiny on the shipped CLUTRR data, offline.
-    """
+    for_shipped_model: ClassVar[dict[str, object]]
+    for_real_models: ClassVar[dict[str, object]]
+
+    lr: float | None = None
+    train_batch: int | None = None
+    num_epoch: int | None = None
+    schedule: bool | None = None
+    task: str | None = None
 
     model: str = "models/stt-tiny"
     """folder, hub id, or qwen | qwen3 | qwen7 (Qwen2.5 with 1.5B | 3B | 7B)"""
-    task: Annotated[str | None, arg(aliases=("--dataset",), metavar="STR",
-                                    help_behavior_hint="(default: clutrr)")] = None
-    """clutrr | boolq | arc-e | arc-c | obqa"""
     mode: Mode = "stt"
     """what is kept: everything (baseline, lora), STT's choice (stt, stt_lora), as much by another score (the others)"""
-    apply_chat_template: bool = False
-    """put every prompt into the tokenizer's chat template"""
-    lr: Annotated[float | None, _open("lr", "FLOAT", "--learning_rate")] = None
-    """step size of AdamW"""
     wd: float = 0.01
     """weight decay of AdamW"""
-    train_batch: Annotated[int | None, _open("train_batch", "INT", "--batch_size")] = None
-    """examples per forward pass"""
     eval_batch: int = 32
-    """examples per batch wherever nothing is trained: generation, the selection pass, the measurement of speed"""
-    num_epoch: Annotated[int | None, _open("num_epoch", "INT", "--num_epochs")] = None
-    """passes over the training data"""
+    """examples per batch wherever nothing is trained: evaluation, the selection pass, the measurement of speed"""
     train_size: int = 0
     """training examples to use, drawn with the seed; 0 = all"""
     gradient_accumulation_steps: int = 1
@@ -117,13 +117,10 @@ class LLMArgs:
     """Weights & Biases run name; None = the run folder's name"""
     log_interval: int = 10
     """optimizer steps between two rows of metrics.jsonl"""
-    schedule: Annotated[bool | None, _open("schedule", "| --no_schedule")] = None
-    """warm up, then decay the step size linearly to 0, or keep it constant"""
     tune_attn: bool = False
     """also train the attention projections"""
     dev_mode: bool = False
     """hold out part of the training data and evaluate on it instead of the test data"""
-
     # ------------------------------------------------------------ ours
     keep_ratio: float | None = None
     """keep exactly this share of every site's neurons instead of the union that topk_ratio leads to"""
@@ -138,9 +135,8 @@ class LLMArgs:
     """what ranks the neurons in the modes stt and stt_lora: stt, contribution, fluctuation, wanda, taylor, ..., or
     package.module:Class for one of your own"""
     compensate: Annotated[Compensation | None, arg(help_behavior_hint="(default: the preset's)")] = None
-    """fold what the removed neurons contributed into the kept ones: their mean into the bias, or by least squares"""
-    select_on: Part = "all"
-    """tokens that the selection looks at: all of an example, its prompt, or its answer"""
+    """fold what the removed neurons contributed into the kept ones: their mean into the bias, by least squares, or by
+    least squares without a bias (lstsq_weights), which any plain checkpoint can hold"""
     min_tokens: int = 32
     """an expert that a router sends fewer tokens of the selection data than this is ranked by magnitude"""
     head: Head = "train"
@@ -149,20 +145,14 @@ class LLMArgs:
     """compute type; trained weights are fp32 in every case. auto = bf16 on a GPU that has it, else fp32"""
     warmup_ratio: float = 0.03
     """share of the steps that warm up, with --schedule"""
-    group_by_length: bool = False
-    """put training examples of about the same length into one batch: less padding, another order"""
     max_grad_norm: float = 1.0
     """gradients are scaled down to this norm; 0 = never"""
-    max_length: int = 256
-    """tokens of prompt and answer together; a longer prompt loses its beginning"""
     data_dir: str | None = None
     """folder with the task's files; None = the shipped ones (clutrr) or the hub"""
     train_file: str | None = None
     """data of your own instead of a task: a .jsonl or .json file (docs/own_data.md says what of)"""
     eval_file: str | None = None
     """the test set of --train_file, likewise; None = a tenth of it is held out"""
-    max_new_tokens: int | None = None
-    """most tokens of a generated answer to a row of --train_file or --eval_file; None = 128"""
     count_padding: bool = False
     """let padding tokens count in the selection, as the published code does"""
     partial: Partial = "refuse"
@@ -173,8 +163,6 @@ class LLMArgs:
     """test the epoch with the best validation accuracy instead of the last one"""
     eval_restored: bool = False
     """also test with the removed neurons put back after training"""
-    ppl_text: str | None = None
-    """text file for the perplexity; None = heldout.txt of stt-tiny"""
     run_name: str | None = None
     """folder under output_dir; None = made from model, task, mode, ratio, head and seed"""
     resume: bool = False
@@ -183,14 +171,9 @@ class LLMArgs:
     """delete an earlier run in the run folder first"""
 
     def __post_init__(self) -> None:
-        for name, kind in (("mode", Mode), ("head", Head), ("precision", Precision), ("partial", Partial)):
-            if getattr(self, name) not in get_args(kind):
-                raise unknown_name(name, str(getattr(self, name)), get_args(kind))
-        for names, is_accepted, accepted in RANGES:
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and not is_accepted(value):
-                    raise InputError(f"{name} must be {accepted}, got {value}")
+        check_choices(self, {"mode": Mode, "head": Head, "precision": Precision, "partial": Partial, "preset": Preset,
+                             "compensate": Compensation})
+        check_ranges(self, RANGES)
         for name in ("model", "task", "output_dir", "run_name", "train_file", "eval_file"):
             if getattr(self, name) == "":
                 raise InputError(f"{name} must not be empty")
@@ -204,57 +187,50 @@ class LLMArgs:
             given = "task" if self.task else "data_dir"
             raise InputError(f"train_file takes the place of a task and its data_dir, and {given} is given too; leave "
                              "one of them out.")
-        if self.train_file is None and (self.eval_file or self.max_new_tokens):
-            given = "eval_file" if self.eval_file else "max_new_tokens"
-            raise InputError(f"{given} is about the data of train_file, and that is not given; a task has its own.")
-        if self.tune_attn and self.mode in KEEPS_EVERYTHING:
-            raise InputError(f"tune_attn adds the attention to what a selection trains; mode {self.mode!r} trains it "
-                             "anyway, leave it out.")
-        if self.eval_restored and self.mode in KEEPS_EVERYTHING:
-            raise InputError(f"eval_restored puts removed neurons back, and mode {self.mode!r} removes none.")
+        if self.train_file is None and self.eval_file:
+            raise InputError("eval_file is about the data of train_file, and that is not given; a task has its own.")
         self._check_selection()
 
     def _check_selection(self) -> None:
-        for name, kind in (("preset", Preset), ("compensate", Compensation), ("select_on", Part)):
-            value = getattr(self, name)
-            if value is not None and value not in get_args(kind):
-                raise unknown_name(name, str(value), get_args(kind))
         chosen = [name for name in ("score", "preset") if getattr(self, name) not in (None, "published")]
         if chosen and self.mode not in STT_MODES:
             raise InputError(f"{chosen[0]} says how the modes {' and '.join(STT_MODES)} select; mode {self.mode!r} has "
                              "its own way, leave it out.")
-        if self.compensate not in (None, "none") and self.mode in KEEPS_EVERYTHING:
-            raise InputError(f"compensate makes up for removed neurons, and mode {self.mode!r} removes none.")
-        if (most_widths(self.width) or self.multiple_of > 1) and self.mode in KEEPS_EVERYTHING:
-            raise InputError(f"width and multiple_of say how many neurons are kept, and mode {self.mode!r} keeps all.")
-        if self.select_on != "all" and self.mode in KEEPS_EVERYTHING:
-            raise InputError(f"select_on says what a selection looks at, and mode {self.mode!r} selects nothing.")
-        if self.select_on != "all" and self.count_padding:
-            raise InputError("count_padding counts every position and select_on only some; give one of them.")
-        if self.eval_restored and (self.compensate or PRESETS[self.preset].get("compensate", "none")) != "none":
+        compensates = (self.compensate or PRESETS[self.preset].get("compensate", "none")) != "none"
+        if self.eval_restored and compensates:
             raise InputError("eval_restored puts removed neurons back, which the kept ones were compensated for; give "
                              "--compensate none.")
+        is_served = bool(most_widths(self.width)) or self.multiple_of > 1
+        if self.mode in KEEPS_EVERYTHING:
+            self._check_keeps_everything(is_served)
+
+    def _check_keeps_everything(self, is_served: bool) -> None:
+        """No flag of a selection that is not made."""
+        if self.tune_attn:
+            raise InputError(f"tune_attn adds the attention to what a selection trains; mode {self.mode!r} trains it "
+                             "anyway, leave it out.")
+        if self.eval_restored:
+            raise InputError(f"eval_restored puts removed neurons back, and mode {self.mode!r} removes none.")
+        if self.compensate not in (None, "none"):
+            raise InputError(f"compensate makes up for removed neurons, and mode {self.mode!r} removes none.")
+        if is_served:
+            raise InputError(f"width and multiple_of say how many neurons are kept, and mode {self.mode!r} keeps all.")
 
 
-def resolved(args: LLMArgs) -> LLMArgs:
-    """`args` with nothing left open: a model that can be loaded, and the numbers and paths that `None` stands for.
-
-    Says in the log what it filled in. Raises InputError for a model path or text file that is not there.
-    """
+def filled(args: Args, task: str) -> Args:
+    """`args` with a model that can be loaded, the task if no data is given, and the numbers and the preset's choices
+    that `None` stands for; says in the log which numbers. Raises InputError for a model path that is not there."""
     model = resolve_model(args.model)
-    is_shipped = Path(model).resolve() == SHIPPED_MODEL
-    defaults = FOR_SHIPPED_MODEL if is_shipped else FOR_REAL_MODELS
-    filled = {name: value for name, value in defaults.items() if getattr(args, name) is None}
-    if filled:
-        words = ", ".join(f"{name} {value}" for name, value in filled.items())
-        logger.info("defaults for %s: %s", "stt-tiny" if is_shipped else "other models than stt-tiny", words)
-    text = args.ppl_text or str(SHIPPED_MODEL / "heldout.txt")
-    if args.ppl_text and not Path(text).is_file():
-        raise InputError(f"no text file {text!r} for the perplexity; give a path, or leave --ppl_text out.")
-    task = "clutrr" if args.task is None and args.train_file is None else args.task
-    preset = {name: value for name, value in PRESETS[args.preset].items() if getattr(args, name) is None}
-    args = replace(args, model=model, task=task, ppl_text=text, **filled)
-    return replace(args, run_name=args.run_name or _run_name(args), **(preset if args.mode in STT_MODES else {}))
+    is_shipped = Path(model).resolve().parent == SHIPPED_MODELS
+    defaults = args.for_shipped_model if is_shipped else args.for_real_models
+    numbers = {name: value for name, value in defaults.items() if getattr(args, name) is None}
+    if numbers:
+        words = ", ".join(f"{name} {value}" for name, value in numbers.items())
+        logger.info("defaults for %s: %s", Path(model).name if is_shipped else "a model that is not shipped", words)
+    preset = PRESETS[args.preset] if args.mode in STT_MODES else {}
+    chosen = {name: value for name, value in preset.items() if getattr(args, name) is None}
+    task = task if args.task is None and args.train_file is None else args.task
+    return replace(args, model=model, task=task, **numbers, **chosen)
 
 
 def resolve_model(name: str) -> str:
@@ -271,7 +247,8 @@ def resolve_model(name: str) -> str:
     return name
 
 
-def _run_name(args: LLMArgs) -> str:
+def run_name(args: RunArgs, *more: str) -> str:
+    """The folder of a run: what tells it from others; `more` are parts of the recipe's own."""
     ratio = f"keep{args.keep_ratio:g}" if args.keep_ratio is not None else f"top{args.topk_ratio:g}"
     parts = [Path(args.model).name, args.task or Path(args.train_file).stem, args.mode]
     parts += [] if args.mode in KEEPS_EVERYTHING else [ratio]
@@ -280,6 +257,6 @@ def _run_name(args: LLMArgs) -> str:
     parts += [] if args.preset == "published" else [args.preset]
     parts += [] if args.score is None else [args.score.replace(":", ".")]
     parts += [] if args.compensate is None else [args.compensate]
-    parts += [] if args.select_on == "all" else [args.select_on]
+    parts += more
     parts += [] if args.head == "train" else [args.head]
     return "-".join([*parts, f"seed{args.seed}"])

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import train_llm
 from stt import cli
-from stt.arguments import CHECKOUT, LLMArgs
+from stt.arguments import CHECKOUT
+from stt.llm_arguments import LLMArgs
 
 SHIPPED = CHECKOUT / "models" / "stt-tiny"
 

@@ -16,9 +16,10 @@ from scripts_loader import load_script
 from tyro.conf import arg
 
 from stt import arguments, comparison, modes, plots, surgery, verbs
-from stt.arguments import LLMArgs, resolve_model, resolved
+from stt.arguments import resolve_model
 from stt.cli import read_args, run
 from stt.errors import InputError, TrainingFailed
+from stt.llm_arguments import LLMArgs, resolved
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -217,7 +218,7 @@ def shipped(tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     monkeypatch.setattr(arguments, "CHECKOUT", tmp_path / "checkout")
-    monkeypatch.setattr(arguments, "SHIPPED_MODEL", model)
+    monkeypatch.setattr(arguments, "SHIPPED_MODELS", model.parent)
     return model
 
 
@@ -280,18 +281,19 @@ def test_missing_perplexity_text(shipped):
 
 
 def fields_read(texts: Iterable[str]) -> set[str]:
-    """Every x of an `args.x` that is read in a function with a parameter `args: LLMArgs`."""
+    """Every x of an `args.x` that is read in a function with a parameter `args` of a recipe's flags."""
     found = set()
     for function in (node for text in texts for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)):
         given = {ast.unparse(parameter) for parameter in (*function.args.posonlyargs, *function.args.args)}
-        if "args: LLMArgs" in given:
+        if given & {"args: LLMArgs", "args: RunArgs", "args: Args"}:
             found |= {node.attr for node in ast.walk(function) if isinstance(node, ast.Attribute)
                       and isinstance(node.ctx, ast.Load) and ast.unparse(node.value) == "args"}
     return found
 
 
 def test_no_dead_flag_in_train_llm():
-    library = [source for source in (ROOT / "stt").rglob("*.py") if source.name not in ("arguments.py", "verbs.py")]
+    flags = ("arguments.py", "llm_arguments.py", "verbs.py")
+    library = [source for source in (ROOT / "stt").rglob("*.py") if source.name not in flags]
     texts = [source.read_text(encoding="utf-8") for source in (ROOT / "train_llm.py", *library)]
     declared = {field.name for field in dataclasses.fields(LLMArgs)}
     assert declared - fields_read(texts) == set()
@@ -329,7 +331,7 @@ def test_no_dead_flag_in_verbs(verb):
 
 
 def test_help_imports_nothing_heavy():
-    code = ("import sys, stt.verbs\nfrom stt.cli import read_args\nfrom stt.arguments import LLMArgs\n"
+    code = ("import sys, stt.verbs\nfrom stt.cli import read_args\nfrom stt.llm_arguments import LLMArgs\n"
             "stt.verbs.main(['--help'])\n"
             "try: read_args(LLMArgs, ['--help'])\n"
             "except SystemExit: pass\n"

@@ -15,12 +15,13 @@ from tiny_text import build_decoder, build_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stt import comparison
-from stt.arguments import CHECKOUT, LLMArgs, resolved
+from stt.arguments import CHECKOUT
 from stt.dataset import Example, Task, encode_all, read_own, tokenised
 from stt.dataset.chat import Conversation
 from stt.dataset.own import SHAPES, Text, extract, to_item
 from stt.errors import InputError
 from stt.evaluate.generation import generate_answers, majority_accuracy
+from stt.llm_arguments import LLMArgs, resolved
 
 ASKED, SAID = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}
 CHAT = {"messages": [ASKED, SAID]}
@@ -239,7 +240,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(quick, tmp_path, monkeypat
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("stt.trainers.sft.Record.on_epoch_begin", stop)
+        patch.setattr("stt.trainers.loop.Record.on_epoch_begin", stop)
         assert run(quick, tmp_path / "cut", *flags) == 130
     assert run(quick, tmp_path / "cut", *flags[:2], "--num_epoch", "2", "--resume") == 2  # without the template
     assert run(quick, tmp_path / "cut", *flags, "--resume") == 0

@@ -15,8 +15,8 @@ import matplotlib.figure
 import pytest
 
 from stt import plots, words
-from stt.arguments import LLMArgs, resolved
 from stt.errors import InputError
+from stt.llm_arguments import LLMArgs, resolved
 from stt.report import agreement_lines, compare, load_run, summary_lines, write_report
 from stt.runs import read_json
 from stt.words import amount, decimal, duration, paired_interval, percent, spread, wilson

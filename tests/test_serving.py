@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import stt
 from stt import modes, serving, verbs
-from stt.arguments import CHECKOUT, LLMArgs
+from stt.arguments import CHECKOUT
 from stt.cli import read_args
 from stt.errors import InputError
+from stt.llm_arguments import LLMArgs
 from stt.selecting import Budget, composition, kept, measure
 
 LAYERS = 6

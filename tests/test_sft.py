@@ -10,7 +10,8 @@ from transformers import TrainingArguments
 
 from stt.errors import InputError, TrainingFailed
 from stt.loss import chunked_loss
-from stt.trainers.sft import check_trained_dtype, collate, last_checkpoint, train
+from stt.trainers.loop import check_trained_dtype, last_checkpoint
+from stt.trainers.sft import collate, train
 
 PAD = 0
 
@@ -109,7 +110,7 @@ def test_out_of_memory_is_one_sentence(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr("stt.trainers.sft.SFTTrainer.compute_loss", fail)
+    monkeypatch.setattr("stt.trainers.loop.RecordedTrainer.compute_loss", fail)
     with pytest.raises(TrainingFailed, match="halve --train_batch"):
         train(tiny_model(), examples(4), PAD, arguments(tmp_path), lambda **_: None)
 

@@ -233,7 +233,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(mode, small, tmp_path, mon
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("stt.trainers.sft.Record.on_epoch_begin", stop)
+        patch.setattr("stt.trainers.loop.Record.on_epoch_begin", stop)
         assert run(small, tmp_path / "cut", *flags) == 130
     assert not (tmp_path / "cut" / "run" / "results.json").exists()
     assert run(small, tmp_path / "cut", *flags) == 2  # unfinished: --resume or --overwrite must be said
@@ -260,13 +260,13 @@ def test_select_best_ships_the_best_epoch(small, tmp_path, monkeypatch):
 
 
 def test_nan_exits_with_3_and_keeps_the_last_good_checkpoint(small, tmp_path, monkeypatch, capsys):
-    from stt.trainers.sft import SFTTrainer
+    from stt.trainers.loop import RecordedTrainer
 
-    real = SFTTrainer.compute_loss
+    real = RecordedTrainer.compute_loss
     def loss(self, *args, **kwargs):
         return real(self, *args, **kwargs) * (float("nan") if self.state.global_step >= 8 else 1.0)
 
-    monkeypatch.setattr(SFTTrainer, "compute_loss", loss)
+    monkeypatch.setattr(RecordedTrainer, "compute_loss", loss)
     assert run(small, tmp_path, "--mode", "stt") == 3
     assert "step 9" in capsys.readouterr().err
     assert load(tmp_path / "run" / "checkpoint-6").stt_selection  # the last good one, usable as it is

@@ -1,0 +1,99 @@
+"""What the training recipes have in common: the selection and its record, resuming, and what stands in the results."""
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stt.arguments import RunArgs
+from stt.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from stt.batches import Batch
+    from stt.modes import Mode
+    from stt.selection import Selection
+    from util.sinks import Sink
+
+logger = logging.getLogger(__name__)
+
+SELECTION = "selection.safetensors"
+GPU_MULTIPLE = 128  # kept neurons of a site are padded to a multiple of this for inference on a GPU
+DEV_SHARE = 0.1  # of the training data, held out by --dev_mode
+MAY_CHANGE = ("resume", "overwrite", "eval_restored", "log_interval", "output_dir", "ppl_text",
+              "use_wandb", "wandb_project", "wandb_entity", "wandb_run_name")  # between a run and its resumption
+
+
+def select(args: RunArgs, mode: Mode, model: PreTrainedModel, batches: Sequence[Batch],
+           tokenizer: PreTrainedTokenizerBase | None, folder: Path,
+           select_on: str = "all") -> tuple[Selection, list[dict[str, object]]]:
+    """The selection on these batches, and its sites for the record.
+
+    Raises InputError if a resumed run would select otherwise than it did.
+    """
+    from stt.modes import select_units
+    from stt.report import agreement_lines
+    from stt.selecting import Budget, routed_to
+    from stt.selection import Selection
+
+    size = Budget(args.topk_ratio, args.keep_ratio, width=args.width, multiple_of=args.multiple_of)
+    selection, composition = select_units(mode, model, batches, tokenizer, size, args.active_threshold, args.seed,
+                                          args.count_padding, select_on, args.compensate or "none", args.min_tokens)
+    if args.resume and Selection.load(folder / SELECTION).without_new_values() != selection.without_new_values():
+        raise InputError(f"{folder / SELECTION} is not what this run selects now: the model or the data changed; start "
+                         "again with --overwrite")
+    sites = [{"name": name, "width": selection.widths[name], "kept": len(ids), **composition.get(name, {}),
+              **selection.meta["reliability"][name], **routed_to(selection, name)} for name, ids in selection.items()]
+    logger.info("\n".join(agreement_lines(sites)))
+    return selection, sites
+
+
+def described(args: RunArgs, mode: Mode, task: str, device: torch.device, *more: str) -> dict[str, object]:
+    """What a run was, for its results: flags that tell runs apart, versions and device; `more` are words on what the
+    recipe selects by."""
+    from util.utils import git_commit, versions
+
+    return {"mode": args.mode, "model": args.model, "task": task, "seed": args.seed,
+            "selected_by": selected_by(args, mode, *more), "head": args.head, "dev_mode": args.dev_mode,
+            "versions": versions(), "git_commit": git_commit(), "device": str(device)}
+
+
+def selected_by(args: RunArgs, mode: Mode, *more: str) -> str | None:
+    """What chose the neurons, in words; `more` are words of the recipe's own."""
+    if mode.score is None:
+        return None
+    parts = [mode.score, *([] if args.compensate in (None, "none") else [f"compensated by {args.compensate}"]),
+             *more, *([] if args.preset == "published" else [f"preset {args.preset}"])]
+    return ", ".join(parts)
+
+
+def kept_fraction(selection: Selection | None) -> float:
+    """Share of all units of all sites that are kept."""
+    return 1.0 if selection is None else sum(map(len, selection.values())) / sum(selection.widths.values())
+
+
+def resumed_step(folder: Path, args: RunArgs) -> int:
+    """The step of the checkpoint to go on from. Raises InputError if the run was started with other flags."""
+    from stt.runs import read_json
+    from stt.trainers.loop import last_checkpoint
+
+    step = int(last_checkpoint(folder).rpartition("-")[2])
+    before = read_json(folder / "args.json")["arguments"]
+    for name, value in asdict(args).items():
+        if name not in MAY_CHANGE and before.get(name) != value:
+            raise InputError(f"the run in {folder} was started with {name} {before.get(name)!r}, now it is {value!r}: "
+                             "resume with the same flags, or start another run")
+    return step
+
+
+def wandb(args: RunArgs) -> Sink:
+    """The W&B run if asked for, else nothing."""
+    from util.sinks import NoSink, wandb_sink
+
+    if not args.use_wandb:
+        return NoSink()
+    return wandb_sink(args.wandb_project, args.wandb_entity, args.wandb_run_name or args.run_name, asdict(args))
