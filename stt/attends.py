@@ -72,11 +72,6 @@ class Attends(TorchFunctionMode):
             self._of_softmax |= {id(value): value for value in pytree.tree_leaves(result) if isinstance(value, Tensor)}
         return result
 
-    def tensors(self, model: nn.Module) -> set[str]:
-        """The parameters of the modules that attend."""
-        tensors = _tensors(model)
-        return set().union(*(tensors[model.get_submodule(name)] for name in self.seen))
-
     def _note(self, seen: Seen) -> None:
         self.seen.setdefault(self._inside[-1] if self._inside else "", seen)
 
@@ -98,6 +93,12 @@ def noting_attention(model: nn.Module) -> Iterator[Attends]:
 
 
 # ---------------------------------------------------------------- what no output projection stands for
+
+
+def weights_of(model: nn.Module, modules: Iterable[str]) -> set[str]:
+    """The parameters of the modules of these names."""
+    tensors = _tensors(model)
+    return set().union(*(tensors[model.get_submodule(name)] for name in modules))
 
 
 def not_recognised(model: nn.Module, attends: Mapping[str, Seen], sources: Iterable[Source],
@@ -139,14 +140,13 @@ def _is_convolution(model: nn.Module, parameter: str) -> bool:
     return isinstance(model.get_submodule(parameter.rpartition(".")[0]), nn.modules.conv._ConvNd)
 
 
-def never_called(model: nn.Module, seen: Collection[str], attends: Iterable[str],
-                 idle: Collection[type] = ()) -> Iterator[LeftOut]:
-    """The lists of layers of which no tensor has been `seen`; in the others the modules, unless they are `idle` or of
-    another class that was seen and does not attend (an expert without positions); and what attends elsewhere."""
+def never_called(model: nn.Module, seen: Collection[str], attends: Iterable[str]) -> Iterator[LeftOut]:
+    """The lists of layers of which no tensor has been `seen`; in the others the modules, unless they are of a class
+    that was seen and does not attend (an idle expert); and what attends elsewhere."""
     tensors = _tensors(model)
     attending = {type(model.get_submodule(outer)) for name in attends for outer in (name, *_around(name))}
     attending.add(nn.MultiheadAttention)
-    idle = ({type(module) for module, own in tensors.items() if own & seen} - attending).union(idle, ONE_LAYER)
+    idle = ({type(module) for module, own in tensors.items() if own & seen} - attending).union(ONE_LAYER)
     found: list[str] = []
     for name, module in model.named_modules():
         is_list = isinstance(module, nn.ModuleList)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stt.attends import HIDDEN, Attends, never_called, not_recognised, noting_attention
+from stt.attends import HIDDEN, Seen, never_called, not_recognised, noting_attention, weights_of
 from stt.blocks import LAYERS, layer_of
-from stt.dummy import dummy_inputs, hidden_inputs
+from stt.dummy import dummy_inputs
 from stt.errors import InputError
 from stt.probe import SHARED, Probe, by_channel, why_single
 from stt.resize import noting_calls, with_sizes
@@ -70,18 +70,18 @@ def keep_heads(model: nn.Module, heads: Sites) -> None:
 def discover_heads(model: nn.Module, example: Mapping[str, Tensor] | None = None) -> tuple[list[Site], list[LeftOut]]:
     """The sites that can be cut, and what attends and is none, with the reason."""
     shown = _Shown()
-    with noting_calls(model) as calls, noting_attention(model) as attends:
-        _look(model, example, shown, attends)
+    with noting_calls(model) as calls:
+        _look(model, example, shown)
     sites, refused = _sites(model, shown)
     sites, not_resized = with_sizes(model, sites, calls)
     refused |= not_resized
-    of_attention = attends.tensors(model)
+    of_attention = weights_of(model, shown.attends)
     tensors = {name: {name, *shown.projections[name]} for name, reason in refused.items()
                if reason != ONE_CHANNEL or not shown.projections[name] & of_attention}
     left_out = [LeftOut(layer_of(name), refused[name], True, tuple(sorted(own))) for name, own in tensors.items()]
     explained = {member.tensor for site in sites for member in site.members}.union(*tensors.values())
-    left_out += not_recognised(model, attends.seen, shown.sources, explained)
-    return sites, [*left_out, *never_called(model, shown.seen, attends.seen, shown.idle)]
+    left_out += not_recognised(model, shown.attends, shown.sources, explained)
+    return sites, [*left_out, *never_called(model, shown.seen, shown.attends)]
 
 
 @dataclass
@@ -93,7 +93,7 @@ class _Shown:
     projections: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))  # what feeds it
     sources: list[Source] = field(default_factory=list)
     seen: set[str] = field(default_factory=set)  # tensors
-    idle: set[type] = field(default_factory=set)  # classes that do not attend, though never called by the model
+    attends: dict[str, Seen] = field(default_factory=dict)  # modules
 
 
 def _sites(model: nn.Module, shown: _Shown) -> tuple[list[Site], dict[str, str]]:
@@ -153,60 +153,32 @@ def with_heads(model: nn.Module, neurons: Sites, heads: Sites) -> Sites:
     return Sites({**neurons, **heads}, (*neurons.left_out, *heads.left_out), neurons.fingerprint)
 
 
-def _look(model: nn.Module, example: Mapping[str, Tensor] | None, shown: _Shown, attends: Attends) -> None:
-    """Trace the model, every tower it did not execute, and every block on hidden states made up for it, the largest
-    first that takes them and attends."""
+def _look(model: nn.Module, example: Mapping[str, Tensor] | None, shown: _Shown) -> None:
+    """Trace the model, and every tower it did not execute. A block by itself is not tried on made-up hidden states:
+    they would lack what its layers give it for every head, such as a position bias."""
     for prefix, module in model.named_modules():
         if not prefix or isinstance(module, PreTrainedModel) and _is_untouched(prefix, shown.seen):
             given = [] if prefix or example is None else [dict(example)]
             for inputs in given or dummy_inputs(module):
                 try:
-                    _add(model, prefix, inputs, shown, attends)
+                    _add(model, prefix, inputs, shown)
                     break
                 except InputError:
                     if given:
                         raise
-    tried: set[tuple[type, ...]] = set()
-    for entry in list(never_called(model, shown.seen, attends.seen)):
-        for name, module in model.get_submodule(entry.name).named_modules(prefix=entry.name):
-            shapes = (type(module), *(tuple(p.shape) for p in module.parameters()))
-            is_block = any(True for _ in module.children()) and not isinstance(module, nn.ModuleList | nn.ModuleDict)
-            if is_block and shapes not in tried and _is_untouched(name, shown.seen) \
-                    and not _try_block(model, name, shown, attends):
-                tried.add(shapes)
-
-
-def _try_block(model: nn.Module, name: str, shown: _Shown, attends: Attends) -> bool:
-    """True if hidden states can be made up on which the block attends; else nothing of it counts as seen."""
-    for inputs in hidden_inputs(model.get_submodule(name)):
-        alone, before = _Shown(), dict(attends.seen)
-        try:
-            _add(model, name, inputs, alone, attends)
-        except InputError:
-            continue
-        is_idle, attends.seen = attends.seen == before, before
-        if alone.found or alone.refused:
-            _add(model, name, inputs, shown, attends)
-            return True
-        if is_idle:
-            shown.idle.add(type(model.get_submodule(name)))
-    return False
 
 
 def _is_untouched(name: str, seen: Iterable[str]) -> bool:
     return not any(tensor.startswith(f"{name}.") for tensor in seen)
 
 
-def _add(model: nn.Module, prefix: str, inputs: Mapping[str, object], shown: _Shown, attends: Attends) -> None:
+def _add(model: nn.Module, prefix: str, inputs: Mapping[str, object], shown: _Shown) -> None:
     """What one trace shows of every output projection of a repeated layer; names in the sources become the model's.
     Raises InputError if the inputs do not fit."""
     names = {id(p): name for name, p in model.named_parameters()}
-    before = dict(attends.seen)
-    try:
+    with noting_attention(model) as attends:
         sources = trace(model.get_submodule(prefix), inputs)
-    except InputError:
-        attends.seen = before
-        raise
+    shown.attends |= {name: seen for name, seen in attends.seen.items() if name not in shown.attends}
     examples = len(next(value for value in inputs.values() if isinstance(value, Tensor)))
     for source in sources:
         tensor = f"{prefix}.{source.parameter}" if prefix else source.parameter
