@@ -142,11 +142,13 @@ def _is_convolution(model: nn.Module, parameter: str) -> bool:
 
 def never_called(model: nn.Module, seen: Collection[str], attends: Iterable[str]) -> Iterator[LeftOut]:
     """The lists of layers of which no tensor has been `seen`; in the others the modules, unless they are of a class
-    that was seen and does not attend (an idle expert); and what attends elsewhere."""
+    that was seen and does not attend (an idle expert); and elsewhere the modules of a class that attends, or that such
+    a list holds."""
     tensors = _tensors(model)
     attending = {type(model.get_submodule(outer)) for name in attends for outer in (name, *_around(name))}
-    attending.add(nn.MultiheadAttention)
     idle = ({type(module) for module, own in tensors.items() if own & seen} - attending).union(ONE_LAYER)
+    lists = (module for module, own in tensors.items() if isinstance(module, nn.ModuleList) and not own & seen)
+    attending |= {nn.MultiheadAttention, *(type(part) for blocks in lists for part in blocks.modules())} - idle
     found: list[str] = []
     for name, module in model.named_modules():
         is_list = isinstance(module, nn.ModuleList)

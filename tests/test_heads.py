@@ -29,7 +29,8 @@ from tests.test_architectures import USED
 REFUSED = {"convnext": "nothing in it attends", "deepseek_v3": "a latent", "longformer": "was not executed",
            "olmo2": "a norm across all heads", "deepseek_v4": "in groups of channels", "jetmoe": "a stack of matrices",
            "mobilevitv2": "weighted by itself", "mra": "cannot be followed", "perceiver": "never called",
-           "squeezebert": "in groups of channels", "wavlm": "inside one function of PyTorch", "xlnet": "a stack of matrices"}
+           "squeezebert": "in groups of channels", "wavlm": "inside one function of PyTorch",
+           "xlnet": "a stack of matrices"}
 LEFT_OUT = {  # beside sites
     "canine": "a single position", "reformer": "cannot be followed", "siglip": "outside the repeated layers"}
 ONLY_TWO = {  # of few units one can be kept: of two, one
