@@ -79,7 +79,8 @@ def select(model: nn.Module, data: Iterable[Batch] = (), tokenizer: PreTrainedTo
     multiple of 8; one that fewer than `min_tokens` tokens reach is ranked by magnitude. How far the two halves of the
     data agree, and how clear the cut is, stands in `meta["reliability"]`.
 
-    Raises InputError for an unknown name, a ratio outside (0, 1], empty data, or a model without sites.
+    Raises InputError for an unknown name, a ratio outside (0, 1], `min_tokens` below 0, empty data, or a model without
+    sites.
 
     >>> selection = stt.select(model, batches, tokenizer, score="contribution", keep=0.3)
     """
@@ -98,6 +99,8 @@ def measure(model: nn.Module, data: Iterable[Batch], tokenizer: PreTrainedTokeni
             options: Mapping[str, Mapping[str, object]] | None = None) -> Measured:
     """All scores that `methods` need, and the moments that `compensate` needs, in one pass over `data`. `options` are
     keyword arguments by score name."""
+    if type(min_tokens) is not int or min_tokens < 0:
+        raise InputError(f"min_tokens must be a whole number of 0 or more, got {min_tokens}")
     names = list(dict.fromkeys(name for method in methods for name in scores_of(method)))
     given = {"activation_rate": {"threshold": threshold}, "random": {"seed": seed}, **(options or {})}
     made = [scores.make(name, **given.get(name, {})) for name in names]
