@@ -221,12 +221,12 @@ def describe(model: nn.Module) -> dict[str, object]:
 
 def _heads(model: nn.Module) -> tuple[list[Site], Sequence[LeftOut]]:
     """The attention sites and what is left out."""
-    from stt.heads import find_heads
+    from stt.heads import discover_heads, find_heads
 
     try:
         heads = find_heads(model)
-    except InputError as error:
-        return [], [LeftOut("attention", str(error), is_loss=False)]
+    except InputError:  # there is none
+        return [], discover_heads(model)[1]
     return list(heads.values()), heads.left_out
 
 
