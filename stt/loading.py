@@ -3,6 +3,7 @@ asks for."""
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -120,8 +121,13 @@ def load_classifier(name: str, classes: Classes, autocast_dtype: torch.dtype | N
             raise InputError(f"{tensor!r} of {name} is {tuple(given)}, expected {tuple(wanted)}: give its own weights")
     _draw(model, output, classes.seed)
     made = sorted(new & set(loaded["missing_keys"]) | output)
-    logger.info("new weights, drawn with seed %d: %s", classes.seed, ", ".join(made))
+    _say_new(name, classes.seed, ", ".join(made))
     return model.to(device)
+
+
+@functools.cache  # once a process: the dense model is loaded again to be compared with
+def _say_new(name: str, seed: int, made: str) -> None:
+    logger.info("new weights, drawn with seed %d: %s", seed, made)
 
 
 def _read_classifier(name: str, config: PreTrainedConfig, dtype: torch.dtype | str,

@@ -37,8 +37,8 @@ def rows(folder: Path | None) -> Splits | None:
 
 
 def _by_track(pictures: Rows) -> Splits:
-    """Train and validation: 00003_00010.ppm is of track 3, and every tenth track of each class validates."""
-    held_out = [int(Path(where).name.partition("_")[0]) % EVERY == EVERY - 1 for where, _ in pictures]
+    """Train and validation: 00003_00010.ppm is of track 3, and tracks 5, 15, 25 ... of each class validate."""
+    held_out = [int(Path(where).name.partition("_")[0]) % EVERY == EVERY // 2 for where, _ in pictures]
     return {split: [row for row, is_held in zip(pictures, held_out, strict=True) if is_held == (split == "validation")]
             for split in ("train", "validation")}
 
