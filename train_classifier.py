@@ -143,11 +143,13 @@ def select(args: ClassifierArgs, mode: Mode, model: PreTrainedModel, judge: Clas
            clock: Clock) -> tuple[Selection, list[dict[str, object]], int]:
     """The selection, its sites for the record, and the FLOPs of making it."""
     from stt.dataset.classification import balanced_subset
+    from stt.loading import check_classifier
 
     task, ratio = judge.task, args.active_sample_ratio
     if args.source_task is not None:
         task, ratio = source(args, task.modality), args.source_ratio or ratio
     rows = judge.encoder.rows(balanced_subset(task.train, ratio, len(task.labels), args.seed))
+    check_classifier(model, judge.encoder.batch([max(rows, key=judge.encoder.length)]))
     batches = [judge.encoder.batch(part) for part in judge.batches(rows)]
     with clock.lap("selection"):
         selection, sites = recipe.select(args, mode, model, batches, None, folder)

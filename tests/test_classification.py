@@ -244,7 +244,7 @@ BAD = {
     "a number as text": (lambda path: put(path / "data.jsonl", '{"text": 3, "label": "x"}\n' * 5), "must be a text"),
     "no class folder": (lambda path: put(path / "data" / "x.png", b"").parent, "no folder of a class"),
     "an empty class": (lambda path: put(path / "data" / "cat" / "notes.txt", "").parents[1], "holds no picture"),
-    "a missing picture": (lambda path: put(path / "data.csv", "image,label\n" + "a.png,b\n" * 5), "there is no picture"),
+    "a missing picture": (lambda path: put(path / "data.csv", "image,label\n" + "a.png,b\n" * 5), "no picture"),
 }
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from classifying import KINDS, OF_IMAGES, SENTENCES, build, write_picture
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import stt
+from stt import modes
 from stt.dataset.classification import Item
 from stt.dataset.classification.encode import TextEncoder, encoder_of
 from stt.dataset.classification.pictures import of_file
@@ -18,8 +20,9 @@ from stt.errors import InputError
 from stt.evaluate.latency import compare_latency
 from stt.evaluate.scoring import METRICS, by_class, confusion
 from stt.loading import Classes, check_classifier, load_classifier, load_processor, load_tokenizer
+from stt.selecting import Budget
 from stt.sites import find_sites
-from stt.surgery import head_parameters
+from stt.surgery import count_parameters, head_parameters
 from stt.trainers.classify import classification_loss, with_loss
 from util.torch_flops import training_flops
 
@@ -84,20 +87,16 @@ def test_loaded_sliced_and_reloaded(kind, folder, tmp_path):
 
 def test_the_checkpoint_s_body_is_kept(folder):
     """Whatever a checkpoint is of, and however its head is shaped."""
-    for kind, prefix in (("bert", "bert."), ("bert-base", ""), ("gpt2", "transformer."), ("clip-vision", ""),
-                         ("clip", "vision_model."), ("vit", "vit.")):
+    for kind in ("bert", "bert-base", "gpt2", "clip-vision", "clip", "vit"):
         model, _ = loaded(kind, folder)
-        from safetensors.torch import load_file
-
         saved = load_file(folder / kind / "model.safetensors")
         heads = head_parameters(model).keys()
         own = {name: value for name, value in model.state_dict().items() if name not in heads and "position_ids" not
                in name}
         values = {tuple(value.shape): [] for value in saved.values()}
-        for name, value in saved.items():
+        for value in saved.values():
             values[tuple(value.shape)].append(value)
-        assert all(any(torch.equal(value, other) for other in values[tuple(value.shape)]) for value in own.values()), \
-            (kind, prefix)
+        assert all(any(torch.equal(value, other) for other in values[tuple(value.shape)]) for value in own.values()), kind
 
 
 def test_without_dropout(folder):
@@ -132,6 +131,28 @@ def test_a_batch_that_does_not_fit(folder, tmp_path):
         model.classifier.bias.fill_(math.nan)
     with pytest.raises(InputError, match="NaN"):
         check_classifier(model, {"pixel_values": torch.zeros(1, 3, 8, 8)})
+
+
+@pytest.mark.parametrize("kind", ["bert", "vit", "clip"])
+def test_modes_train_comparable_parts(kind, folder, tmp_path):
+    """Every mode that cuts keeps STT's sizes and trains as many parameters; the head is the same in all of them."""
+    kept, trained, head = {}, {}, {}
+    for name, mode in modes.MODES.items():
+        model, encoder = loaded(kind, folder)
+        n_head, everything = sum(p.numel() for p in head_parameters(model).values()), count_parameters(model)["total"]
+        selection = None
+        if mode.score:
+            batches = [encoder.batch(encoder.rows(items(kind, tmp_path)))]
+            selection, _ = modes.select_units(mode, model, batches, None, Budget(0.3), 0.01, seed=0)
+            kept[name] = [len(ids) for ids in selection.values()]
+        modes.prepare(mode, model, selection, modes.Lora(r=4), "train")
+        counts = count_parameters(model)
+        trained[name], head[name] = counts["trained"], counts["trained"] - counts["trained_without_head"]
+        assert head[name] == n_head > 0
+    assert trained["baseline"] == everything
+    cutting = ("stt", "random", "wanda_adapt", "magnitude_pruning")
+    assert len({tuple(kept[name]) for name in (*cutting, "stt_lora")}) == 1
+    assert {trained[name] for name in cutting} == {sum((2 * 32 + 1) * n for n in kept["stt"]) + 2 * 32 + n_head}
 
 
 # ---------------------------------------------------------------- batches
