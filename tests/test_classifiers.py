@@ -96,7 +96,8 @@ def test_the_checkpoint_s_body_is_kept(folder):
         values = {tuple(value.shape): [] for value in saved.values()}
         for value in saved.values():
             values[tuple(value.shape)].append(value)
-        assert all(any(torch.equal(value, other) for other in values[tuple(value.shape)]) for value in own.values()), kind
+        found = [any(torch.equal(value, other) for other in values[tuple(value.shape)]) for value in own.values()]
+        assert all(found), kind
 
 
 def test_without_dropout(folder):

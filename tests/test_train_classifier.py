@@ -66,7 +66,7 @@ def test_every_mode_runs_and_leaves_a_whole_folder(mode, texts, tmp_path, capsys
 
 @pytest.mark.slow
 def test_modes_train_comparable_parts(texts, tmp_path):
-    """Every baseline that cuts keeps STT's sizes and trains exactly as many parameters; the others train all or LoRA."""
+    """Every baseline that cuts keeps STT's sizes and trains as many parameters; the others train all or LoRA."""
     kept, trained = {}, {}
     for mode in modes.MODES:
         assert run(texts, tmp_path / mode, "--mode", mode, "--num_epoch", "1", "--no_eval_epochs") == 0
@@ -104,7 +104,8 @@ def plain(texts, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("flags", [["--head", "freeze"], ["--max_grad_norm", "0.01"], ["--schedule"], ["--wd", "0.9"],
                                    ["--tune_attn"], ["--keep_ratio", "0.9"], ["--threshold", "5"], ["--seed", "1"],
                                    ["--preset", "best"], ["--max_length", "5"], ["--disable_dropout"],
-                                   ["--count_padding"], ["--source_task", "clutrr", "--max_length", "60"], ["--sample_ratio", "0.1"],
+                                   ["--count_padding"],
+                                   ["--source_task", "clutrr", "--max_length", "60"], ["--sample_ratio", "0.1"],
                                    ["--schedule", "--warmup_steps", "5"]], ids=" ".join)
 def test_every_flag_changes_the_training(flags, texts, plain, tmp_path):
     assert run(texts, tmp_path, "--num_epoch", "1", "--no_eval_epochs", *flags) == 0
