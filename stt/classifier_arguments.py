@@ -81,7 +81,7 @@ class ClassifierArgs(RunArgs):
     warmup_steps: int | None = None
     """optimizer steps that warm up, with --schedule; None = the share that --warmup_ratio says"""
     eval_steps: int | None = None
-    """validate, and save a checkpoint, after every so many optimizer steps; None = after every epoch"""
+    """validate, and save a checkpoint, after every so many optimizer steps and at the end; None = after every epoch"""
     max_grad_norm: Annotated[float | None, _open("max_grad_norm", "FLOAT")] = None
     """gradients are scaled down to this norm; 0 = never"""
     active_sample_ratio: Annotated[float | None, _open("active_sample_ratio", "FLOAT", "--sample_ratio")] = None

@@ -48,8 +48,8 @@ def test_published_flags(line, name, value):
 def test_published_defaults_hold_for_real_models():
     args = resolved(ClassifierArgs(model="google/vit-base-patch16-224", task="eurosat"))
     given = {name: getattr(args, name) for name in ("lr", "wd", "num_epoch", "train_batch", "schedule", "topk_ratio",
-                                                    "active_sample_ratio", "active_threshold", "max_grad_norm", "lora_r",
-                                                    "lora_alpha", "lora_dropout", "max_length", "dev_ratio")}
+                                                    "active_sample_ratio", "active_threshold", "max_grad_norm",
+                                                    "lora_r", "lora_alpha", "lora_dropout", "max_length", "dev_ratio")}
     assert given == {"lr": 5e-5, "wd": 0.01, "num_epoch": 5, "train_batch": 16, "schedule": False, "topk_ratio": 0.3,
                      "active_sample_ratio": 0.005, "active_threshold": 0.01, "max_grad_norm": 0.01, "lora_r": 32,
                      "lora_alpha": 64, "lora_dropout": 0.1, "max_length": 512, "dev_ratio": 0.1}

@@ -1,7 +1,9 @@
 """Training a classifier: the loop of every recipe with a loss over the examples of the whole accumulated batch."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -43,6 +45,18 @@ def train(model: nn.Module, encoder: Encoder, rows: Sequence[object], arguments:
     """`loop.train` with `classification_loss`; afterwards the model's forward is its own again."""
     with_loss(model)
     try:
-        return loop.train(model, rows, encoder.batch, arguments, log, validate, resume, seconds_before)
+        with _own_names(model):
+            return loop.train(model, rows, encoder.batch, arguments, log, validate, resume, seconds_before)
     finally:
         restore_forward(model)
+
+
+@contextmanager
+def _own_names(model: nn.Module) -> Iterator[None]:
+    """Checkpoints hold the parameters by the names the model has: save_pretrained gives some (ViT's) the names of older
+    releases, and Trainer, which loads without from_pretrained, would know none of them."""
+    model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+    try:
+        yield
+    finally:
+        del model.save_pretrained
