@@ -55,8 +55,11 @@ def train(model: nn.Module, encoder: Encoder, rows: Sequence[object], arguments:
 def _own_names(model: nn.Module) -> Iterator[None]:
     """Checkpoints hold the parameters by the names the model has: save_pretrained gives some (ViT's) the names of older
     releases, and Trainer, which loads without from_pretrained, would know none of them."""
+    before = model.__dict__.get("save_pretrained")  # a sliced model has its own
     model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
     try:
         yield
     finally:
         del model.save_pretrained
+        if before is not None:
+            model.save_pretrained = before
