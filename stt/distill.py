@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from stt.chunked import IGNORED, Objective, cross_entropy
 from stt.errors import InputError
+from stt.loading import load_tokenizer, load_trained, model_folder
 from stt.loss import DecoderLoss, recipe_of
 from stt.trace import evaluating
 from util.torch_flops import by_length, flops_of
@@ -93,6 +94,15 @@ def distillation(logits: Tensor, answers: Tensor, start: int, needs_slopes: bool
     if needs_slopes:
         logits.mul_(1 - weight).add_(own.exp_().sub_(target.exp_()), alpha=weight * temperature)
     return (1 - weight) * hard + weight * temperature**2 * divergence
+
+
+def load_teacher(name: str, weight: float, temperature: float, model: PreTrainedModel,
+                 tokenizer: PreTrainedTokenizerBase, autocast_dtype: torch.dtype | None) -> Teacher:
+    """The teacher of `model` from a run, a folder or the hub, on the model's device. Raises InputError for one that
+    cannot be loaded, is no decoder or has another vocabulary."""
+    teacher = load_trained(name, autocast_dtype, model.device)
+    check_vocabulary(model, tokenizer, teacher, load_tokenizer(model_folder(name)))
+    return Teacher.of(teacher, weight, temperature)
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedModel,

@@ -29,8 +29,8 @@ WIDTH = 2  # rows are at most this many times as wide as the longest example: 2 
 
 @dataclass(frozen=True)
 class Packing:
-    """How a model is told where an example ends: by its positions alone (None), or by a mask too, of a dtype: True where
-    a token sees another one, or what is added to the attention scores."""
+    """How a model is told where an example ends: by its positions alone (None), or by a mask of this dtype too: True
+    where a token sees another one, or what is added to the attention scores."""
 
     mask: torch.dtype | None
 
