@@ -113,7 +113,7 @@ def test_the_teacher_is_no_part_of_the_model(tmp_path):
     losses = []
     for _ in range(2):
         again = tiny_model()
-        train(again, examples(8), PAD, arguments(tmp_path), lambda **numbers: losses.append(numbers["loss"]), teach=teach)
+        train(again, examples(8), PAD, arguments(tmp_path), lambda **row: losses.append(row["loss"]), teach=teach)
     assert losses[:2] == losses[2:]
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in teacher.parameters())
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
