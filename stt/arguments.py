@@ -26,7 +26,7 @@ Head = Literal["train", "freeze", "untie"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Partial = Literal["refuse", "ok"]
 Preset = Literal["published", "best"]
-Compensation = Literal["none", "mean", "lstsq"]
+Compensation = Literal["none", "mean", "lstsq", "lstsq_weights"]
 
 # What selects, where a flag leaves it open: as published (None), or what our comparison (README, Results) says is best.
 PRESETS = {"published": {}, "best": {"score": "contribution", "compensate": "lstsq"}}
@@ -135,7 +135,8 @@ class RunArgs:
     """what ranks the neurons in the modes stt and stt_lora: stt, contribution, fluctuation, wanda, taylor, ..., or
     package.module:Class for one of your own"""
     compensate: Annotated[Compensation | None, arg(help_behavior_hint="(default: the preset's)")] = None
-    """fold what the removed neurons contributed into the kept ones: their mean into the bias, or by least squares"""
+    """fold what the removed neurons contributed into the kept ones: their mean into the bias, by least squares, or by
+    least squares without a bias (lstsq_weights), which any plain checkpoint can hold"""
     min_tokens: int = 32
     """an expert that a router sends fewer tokens of the selection data than this is ranked by magnitude"""
     head: Head = "train"
