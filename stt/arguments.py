@@ -29,7 +29,7 @@ Preset = Literal["published", "best"]
 Compensation = Literal["none", "mean", "lstsq", "lstsq_weights"]
 
 # What selects, where a flag leaves it open: as published (None), or what our comparison (README, Results) says is best.
-PRESETS = {"published": {}, "best": {"score": "contribution", "compensate": "lstsq"}}
+PRESETS = {"published": {}, "best": {"score": "contribution", "compensate": "lstsq_weights"}}
 
 # (fields, accepted?, in words); None is accepted where it is the default
 RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
@@ -130,7 +130,7 @@ class RunArgs:
     """round the number of kept neurons of every site up to a multiple of this"""
     preset: Preset = "published"
     """what --score and --compensate are if not given: as published (stt, none) or as we recommend (contribution,
-    lstsq)"""
+    lstsq_weights)"""
     score: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: the preset's)")] = None
     """what ranks the neurons in the modes stt and stt_lora: stt, contribution, fluctuation, wanda, taylor, ..., or
     package.module:Class for one of your own"""

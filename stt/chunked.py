@@ -58,9 +58,14 @@ def summed(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, targets: 
                          f"{tuple(hidden.shape[:-1])}: give one label a position")
     targets = targets.flatten().to(hidden.device)  # (N,)
     rows = (targets != IGNORED).nonzero().squeeze(1)  # (L,)
+    return summed_at(hidden, weight, bias, rows, targets[rows], transform, objective), len(rows)
+
+
+def summed_at(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, rows: Tensor, answers: Tensor,
+              transform: Transform, objective: Objective = cross_entropy) -> Tensor:
+    """The same sum, of the positions `rows` (L,) of hidden (..., D) and the words that follow them, `answers` (L,)."""
     needs = [value is not None and value.requires_grad and torch.is_grad_enabled() for value in (hidden, weight, bias)]
-    loss = _Summed.apply(hidden.flatten(0, -2), weight, bias, rows, targets[rows], transform, objective, needs)
-    return loss, len(rows)
+    return _Summed.apply(hidden.flatten(0, -2), weight, bias, rows, answers, transform, objective, needs)
 
 
 class _Summed(torch.autograd.Function):

@@ -177,7 +177,7 @@ def recipe_of(model: PreTrainedModel) -> DecoderLoss:
             raise InputError(f"the loss of {kind} is not the cross-entropy of its logits and the next tokens (on four "
                              f"tokens {float(found['loss']):.6g}, not {float(expected):.6g}): train with its own loss")
         recipe = DecoderLoss(own, _signature(type(model.base_model)), Transform())
-        transform = _found_transform(model, recipe, ids) if _is_head_on_body(model) else None
+        transform = _found_transform(model, recipe, ids) if is_head_on_body(model) else None
     return DecoderLoss(own, None, Transform()) if transform is None else replace(recipe, transform=transform)
 
 
@@ -212,7 +212,7 @@ def _known_transforms(config: object) -> Iterator[Transform]:
     return itertools.starmap(Transform, itertools.product(scales, (None, named["final_logit_softcapping"])))
 
 
-def _is_head_on_body(model: PreTrainedModel) -> bool:
+def is_head_on_body(model: PreTrainedModel) -> bool:
     """True if the model is a body and a plain head, and no other module."""
     head, body = model.get_output_embeddings(), model.base_model
     return body is not model and _is_plain(head) and set(model.modules()) - set(body.modules()) == {model, head}
