@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import transformers
@@ -29,6 +30,7 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.initialization import no_init_weights
 
+from stt import checkpoint
 from stt.errors import InputError
 from stt.surgery import head_parameters, tie
 from stt.trace import evaluating
@@ -60,6 +62,20 @@ def load_model(name: str, autocast_dtype: torch.dtype | None, device: torch.devi
             raise InputError(f"the weights of {name} lack {len(loaded['missing_keys'])} tensors of a "
                              f"{type(model).__name__}, the first {min(loaded['missing_keys'])!r}: give its own weights")
     return model.to(device)
+
+
+def load_trained(name: str, autocast_dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
+    """As `load_model`, but the model may be sliced, and a run folder stands for its checkpoint."""
+    folder = model_folder(name)
+    if checkpoint.is_sliced(Path(folder)):
+        return checkpoint.load(folder, device, None if autocast_dtype else torch.float32)
+    return load_model(folder, autocast_dtype, device)
+
+
+def model_folder(name: str) -> str:
+    """The checkpoint of a run folder; any other name as it is."""
+    folder = Path(name).expanduser() / "checkpoint"
+    return str(folder) if folder.is_dir() else name
 
 
 def check_decoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -11,7 +11,19 @@ from pathlib import Path
 from stt import plots
 from stt.comparison import HEADS, compare, main_metric, measured, split_name
 from stt.runs import load_run
-from stt.words import amount, arrows, decimal, duration, listed, markdown_table, mebibytes, model_name, percent, wilson
+from stt.words import (
+    amount,
+    arrows,
+    decimal,
+    duration,
+    listed,
+    lost,
+    markdown_table,
+    mebibytes,
+    model_name,
+    percent,
+    wilson,
+)
 
 __all__ = ["compare", "load_run", "summary_lines", "write_report"]
 
@@ -71,10 +83,16 @@ def _summary(results: Mapping[str, object]) -> list[tuple[str, str]]:
         rows += _agreement(sites)
     if "perplexity" in results:
         rows.append(("perplexity", arrows(results["perplexity"], ("dense", "sliced", "trained"), decimal)))
-    rows.append(("FLOPs", listed(results["flops"], ("selection", "training", "inference"), amount)))
+    rows.append(("FLOPs", listed(results["flops"], ("selection", "training", "teacher", "inference"), amount)))
     ratio = (results.get("throughput") or {}).get("ratio")
     if ratio:
         rows.append(("speed", f"{_speed_words(ratio)} of the dense model"))
+    if results.get("training_tokens_per_second"):
+        rows.append(("training speed", f"{amount(results['training_tokens_per_second'])} tokens a second, padding and "
+                     "validation aside"))
+    if results.get("truncation"):
+        counts = dict(results["truncation"])
+        rows.append(("max_length", f"{counts.pop('max_length'):,} tokens; {lost(counts)}"))
     rows.append(("time", listed(results["seconds"], ("selection", "training", "evaluation", "total"), duration)))
     rows.append(("peak memory", mebibytes(results.get("peak_memory_bytes"))))
     return rows
