@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 def main(args: LLMArgs) -> int:
     """One run, from the flags to the report; 0. Raises InputError before anything is written, TrainingFailed later."""
+    args = resolved(args)
+    if recipe.is_finished(Path(args.output_dir) / args.run_name, args):
+        return 0
     import transformers
 
     from stt import modes, report
@@ -43,7 +46,7 @@ def main(args: LLMArgs) -> int:
         transformers.utils.logging.disable_progress_bar()
 
     # ---------------------------------------------------------------- everything that can be wrong, before any write
-    args, device, clock = resolved(args), pick_device(), Clock()
+    device, clock = pick_device(), Clock()
     set_seed(args.seed)
     mode = modes.find(args.mode, args.score)
     run = RunFolder(Path(args.output_dir) / args.run_name, args.overwrite, args.resume)

@@ -21,6 +21,7 @@ from typing import Annotated, Literal, TypeVar, get_args, get_origin, get_type_h
 import tyro
 import yaml
 
+from stt import stopping
 from stt.errors import InputError, TrainingFailed, unknown_name
 
 Args = TypeVar("Args")
@@ -35,8 +36,11 @@ def run(main: Callable[[Args], int | None], cls: type[Args], argv: Sequence[str]
         prog: str | None = None) -> int:
     """The exit code of `main(args)` with `args` read from the command line.
 
-    2 = bad input, 3 = training failed, 130 = interrupted, otherwise what `main` returns (None = 0).
+    2 = bad input, 3 = training failed, 130 = interrupted, otherwise what `main` returns (None = 0). A process of its
+    own (`argv` None) whose flags have --resume also ends with 75, on SIGTERM and SIGUSR1 (stt/stopping.py).
     """
+    if argv is None and "resume" in cls.__dataclass_fields__:
+        stopping.listen()
     _log_to_stderr()
     try:
         code = main(read_args(cls, argv, prog)) or 0
@@ -51,6 +55,8 @@ def run(main: Callable[[Args], int | None], cls: type[Args], argv: Sequence[str]
     except BrokenPipeError:  # `... | head` has read enough; the interpreter would complain when it flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    finally:
+        stopping.ignore()
 
 
 def read_args(cls: type[Args], argv: Sequence[str] | None = None, prog: str | None = None) -> Args:

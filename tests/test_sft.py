@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from stt.errors import InputError, TrainingFailed
 from stt.loss import chunked_loss
-from stt.trainers.loop import check_trained_dtype, last_checkpoint
+from stt.trainers.loop import check_trained_dtype
 from stt.trainers.sft import collate, train
 
 PAD = 0
@@ -106,23 +106,9 @@ def test_nan_stops_before_the_update(tmp_path):
         assert torch.equal(parameter.nan_to_num(), before[name].nan_to_num())
 
 
-def test_out_of_memory_is_one_sentence(tmp_path, monkeypatch):
-    def fail(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-
-    monkeypatch.setattr("stt.trainers.loop.RecordedTrainer.compute_loss", fail)
-    with pytest.raises(TrainingFailed, match="halve --train_batch"):
-        train(tiny_model(), examples(4), PAD, arguments(tmp_path), lambda **_: None)
-
-
 def test_half_precision_weights_never_train():
     with pytest.raises(AssertionError, match="must be float32"):
         check_trained_dtype(tiny_model().bfloat16())
-
-
-def test_nothing_to_resume(tmp_path):
-    with pytest.raises(InputError, match="nothing to resume"):
-        last_checkpoint(tmp_path / "missing")
 
 
 def test_the_forward_is_the_models_own_again(tmp_path):
