@@ -11,7 +11,7 @@ from stt.errors import InputError
 
 MANIFEST = "manifest.json"  # {"format_version", "files": {name: {"bytes", "sha256"}}} of everything else in the folder
 FORMAT_VERSION = 1
-STAGING = ".saving"  # what is being written; left behind by a process that was killed, removed by the next save
+STAGING = ".saving"  # what is being written
 PREFIX = "checkpoint-"
 
 
@@ -93,11 +93,10 @@ def retire(latest: Path, keep: int | None, best: Path | None) -> None:
             shutil.rmtree(path)
 
 
-def clear(staging: Path) -> None:
-    """Remove what a killed process left, and make the folder."""
-    if staging.exists():
-        shutil.rmtree(staging)
-    staging.mkdir(parents=True)
+def clear(folder: Path) -> None:
+    """Remove what a process that was killed while saving left in a run folder."""
+    if (folder / STAGING).exists():
+        shutil.rmtree(folder / STAGING)
 
 
 def _names(folder: Path) -> set[str]:

@@ -138,9 +138,6 @@ class RecordedTrainer(Trainer):
         target = checkpoints.path_of(self.folder, self.state.global_step)
         staging = self.folder / checkpoints.STAGING
         with writing(target, last_good(self.folder)):
-            if self.args.should_save:
-                checkpoints.clear(staging)
-            wait_for_all()
             with self._saving_in(staging):
                 super()._save_checkpoint(model, trial)
             progress = self._progress()
@@ -251,6 +248,8 @@ def train(model: nn.Module, rows: Sequence[object], collate: Callable[[Sequence[
             trainer.add_callback(Bar)
         if checkpoint:
             trainer.add_callback(TakeUp(trainer, checkpoint))
+        if arguments.should_save:
+            checkpoints.clear(trainer.folder)
         with stopping.deferred(), logging_redirect_tqdm():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError as error:
