@@ -32,7 +32,7 @@ _state = _State()
 
 def listen() -> None:
     """From now on the signals stop this process as said above. Belongs to the main thread."""
-    _state.is_listening = True
+    _state.is_listening, _state.reason, _state.folder = True, None, None
     for number in SIGNALS:
         signal.signal(number, _on_signal)
 

@@ -6,37 +6,16 @@ import math
 import pytest
 import torch
 from tiny_text import build_decoder
-from transformers import TrainingArguments
+from training import PAD, arguments, examples
 
 from stt.errors import InputError, TrainingFailed
 from stt.loss import chunked_loss
 from stt.trainers.loop import check_trained_dtype
 from stt.trainers.sft import collate, train
 
-PAD = 0
-
 
 def tiny_model():
     return build_decoder(vocabulary=60)
-
-
-def examples(count: int, seed: int = 0) -> list[dict[str, list[int]]]:
-    """Random token ids of different lengths; the last one to three tokens are labelled."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for i in range(count):
-        ids = torch.randint(3, 60, (5 + i % 4,), generator=generator).tolist()
-        answer = 1 + i % 3
-        rows.append({"input_ids": ids, "labels": [-100] * (len(ids) - answer) + ids[-answer:]})
-    return rows
-
-
-def arguments(folder, **changes) -> TrainingArguments:
-    settings = {"output_dir": str(folder), "per_device_train_batch_size": 4, "num_train_epochs": 1, "seed": 3,
-                "learning_rate": 1e-2, "report_to": [], "use_cpu": True, "logging_steps": 1, "save_strategy": "no",
-                "lr_scheduler_type": "constant", "remove_unused_columns": False, "disable_tqdm": True,
-                "logging_nan_inf_filter": False, "label_names": ["labels"]}
-    return TrainingArguments(**(settings | changes))
 
 
 def slow_loss(model, rows) -> float:

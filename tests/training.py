@@ -1,22 +1,29 @@
 """For tests of the loop: a tiny decoder, its data, and a training of it that can be cut off and taken up again."""
 from __future__ import annotations
 
+import gc
 import json
+import os
+import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from tiny_text import build_decoder
 from torch import Tensor, nn
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerState, TrainingArguments, set_seed
 
 from stt import modes
 from stt.selection import Selection
 from stt.sites import find_sites
+from stt.trainers.callbacks import Record
 from stt.trainers.checkpoints import newest, step_of
 from stt.trainers.sft import train
 from util.utils import RunFolder
 
+gc.freeze()  # accelerate collects before every training: not all of torch and transformers again
 PAD = 0
 EXAMPLES = 20
 
@@ -91,3 +98,29 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert one.keys() == other.keys()
     for name, value in one.items():
         assert torch.equal(value, other[name]), name
+
+
+def cut_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process ends before the step after `step`."""
+    def before(self: Record, args: object, state: TrainerState, control: object, **_: object) -> None:
+        if state.global_step == step:
+            raise Cut
+
+    monkeypatch.setattr(Record, "on_step_begin", before)
+
+
+def exit_code(work: Callable[[], object], said: Path) -> int:
+    """Of a forked process that does `work` and ends with 0, or with 1 after a traceback; its stderr is appended to
+    `said`. Minus the signal if one killed it."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115  (instead of pytest's)
+    code = 1
+    try:
+        code = work() or 0
+    except BaseException:  # the child must not go on as pytest
+        os.write(2, traceback.format_exc().encode())
+    finally:
+        os._exit(code)

@@ -19,7 +19,7 @@ def seal(staged: Path, target: Path) -> None:
     """`staged` with its manifest, on the disk, under the name `target`; replaces what had that name."""
     manifest = {"format_version": FORMAT_VERSION, "files": {
         name: {"bytes": (staged / name).stat().st_size, "sha256": _digest(staged / name)} for name in _names(staged)}}
-    (staged / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    (staged / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in [*staged.rglob("*"), staged]:
         _sync(path)
     if target.exists():  # damaged, or training would not have come to this step again

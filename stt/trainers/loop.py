@@ -137,20 +137,25 @@ class RecordedTrainer(Trainer):
         """As Trainer does, into a folder beside; sealed, it takes its place. Raises TrainingFailed if it cannot."""
         target = checkpoints.path_of(self.folder, self.state.global_step)
         staging = self.folder / checkpoints.STAGING
-        with writing(target, last_good(self.folder)):
-            with self._saving_in(staging):
-                super()._save_checkpoint(model, trial)
-            progress = self._progress()
+        try:
+            with writing(target, last_good(self.folder)):
+                with self._saving_in(staging):
+                    super()._save_checkpoint(model, trial)
+                progress = self._progress()
+                wait_for_all()
+                if self.args.should_save:
+                    self._seal(staging / target.name, target, progress)
             wait_for_all()
+        finally:
             if self.args.should_save:
-                staged = staging / target.name
-                (staged / "training_args.bin").unlink()  # a pickle, which nobody reads
-                (staged / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
-                checkpoints.seal(staged, target)
-                staging.rmdir()
-                best = self.state.best_model_checkpoint
-                checkpoints.retire(target, self.args.save_total_limit, Path(best) if best else None)
-        wait_for_all()
+                checkpoints.clear(self.folder)
+
+    def _seal(self, staged: Path, target: Path, progress: Mapping[str, object]) -> None:
+        (staged / "training_args.bin").unlink()  # a pickle, which nobody reads
+        (staged / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
+        checkpoints.seal(staged, target)
+        best = self.state.best_model_checkpoint
+        checkpoints.retire(target, self.args.save_total_limit, Path(best) if best else None)
 
     @contextlib.contextmanager
     def _saving_in(self, staging: Path) -> Iterator[None]:
