@@ -38,10 +38,13 @@ class RecordedTrainer(Trainer):
     def __init__(self, *args: object, validate: Callable[[], float] | None = None, **kwargs: object):
         super().__init__(*args, **kwargs)
         self.validate = validate
+        if "forward" not in vars(unwrap_peft_model(self.model)):  # else chunked_loss: it divides by the batch's tokens
+            self.model_accepts_loss_kwargs = False  # Trainer would believe that BERT divides by the batch's examples
         self.folder = Path(self.args.output_dir)
         self._saves_in: Path | None = None
         self._parts = 1  # of every micro-batch
-        self._trained: list[Mapping[str, Tensor]] = []  # micro-batches whose gradients the present update has
+        self._examples = 0  # of the present update
+        self._trained: list[Mapping[str, Tensor]] = []  # micro-batches whose gradients it has
 
     # ------------------------------------------------------------ steps
 
@@ -56,8 +59,9 @@ class RecordedTrainer(Trainer):
         return ByLength(examples, self.train_dataset, self.args.data_seed)
 
     def get_batch_samples(self, *args: object) -> tuple[list[Mapping[str, Tensor]], Tensor | int | None]:
-        self._trained = []
-        return super().get_batch_samples(*args)
+        batches, items = super().get_batch_samples(*args)
+        self._examples, self._trained = sum(map(memory.size, batches)), []
+        return batches, items
 
     def training_step(self, model: nn.Module, inputs: Mapping[str, Tensor],
                       num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -79,14 +83,12 @@ class RecordedTrainer(Trainer):
         return losses[-1]
 
     def _step_in_parts(self, model: nn.Module, inputs: Mapping[str, Tensor], items: Tensor | int | None) -> Tensor:
-        """A loss that is a mean over the micro-batch counts as much as the part's share of it."""
-        if self._parts == 1:
-            return super().training_step(model, inputs, items)
-        accumulated, losses = self.current_gradient_accumulation_steps, []
+        """A loss that is a mean over examples counts as much as they are a share of the update's; Trainer takes every
+        micro-batch for equally large."""
+        losses = []
         for part in memory.split(inputs, self._parts):
-            self.current_gradient_accumulation_steps = accumulated * memory.size(inputs) / memory.size(part)
+            self.current_gradient_accumulation_steps = self._examples / memory.size(part)
             losses.append(super().training_step(model, part, items))
-        self.current_gradient_accumulation_steps = accumulated
         return torch.stack(losses).sum()
 
     def _halve(self, examples: int, reason: str) -> None:

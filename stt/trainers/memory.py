@@ -8,7 +8,7 @@ from torch import Tensor
 
 def size(batch: Mapping[str, Tensor]) -> int:
     """How many examples it holds."""
-    return len(next(iter(batch.values())))
+    return len(batch["labels"])
 
 
 def split(batch: Mapping[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
