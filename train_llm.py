@@ -40,7 +40,7 @@ def main(args: LLMArgs) -> int:
     from stt.trainers.loop import training_arguments
     from stt.trainers.sft import train
     from util.clock import Clock
-    from util.utils import RunFolder, peak_memory_bytes, pick_device, set_seed
+    from util.utils import RunFolder, peak_memory_bytes, pick_device, set_seed, writing
 
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
@@ -98,7 +98,8 @@ def main(args: LLMArgs) -> int:
             accuracy["restored"] = judge.restored(model)
 
     # ---------------------------------------------------------------- ship and report
-    ship(model, judge, run.path / "checkpoint", selection is not None)
+    with writing(run.path / "checkpoint", "the last checkpoint is kept"):
+        ship(model, judge, run.path / "checkpoint", selection is not None)
     part = [] if args.select_on == "all" else [f"on the {args.select_on}"]
     results = {
         "recipe": "train_llm", **recipe.described(args, mode, task.name, device, *part), "accuracy": accuracy,

@@ -22,7 +22,7 @@ import tyro
 import yaml
 
 from stt import stopping
-from stt.errors import InputError, TrainingFailed, unknown_name
+from stt.errors import NO_ROOM, NOT_ALLOWED, InputError, TrainingFailed, unknown_name
 
 Args = TypeVar("Args")
 TyroArg = type(tyro.conf.arg())  # the class behind tyro.conf.arg(aliases=...)
@@ -55,6 +55,11 @@ def run(main: Callable[[Args], int | None], cls: type[Args], argv: Sequence[str]
     except BrokenPipeError:  # `... | head` has read enough; the interpreter would complain when it flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno not in (*NO_ROOM, *NOT_ALLOWED):
+            raise
+        return _fail(f"cannot use {error.filename}: {error.strerror}; make room or give access, and start again",
+                     3 if error.errno in NO_ROOM else 2)
     finally:
         stopping.ignore()
 

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import importlib.metadata
 import json
 import logging
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stt import stopping
-from stt.errors import InputError, TrainingFailed
+from stt.errors import NO_ROOM, NOT_ALLOWED, InputError, TrainingFailed
 from util.sinks import NoSink, Sink
 
 if TYPE_CHECKING:
@@ -96,10 +95,6 @@ def write_text_atomic(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-
-
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @contextlib.contextmanager
