@@ -29,6 +29,7 @@ TyroArg = type(tyro.conf.arg())  # the class behind tyro.conf.arg(aliases=...)
 
 ACCEPTED = {float: "a number", int: "a whole number", bool: "true or false", Path: "a path"}
 NOTHING = {"none", "null", "~", ""}
+PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "seq", "map")}
 TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -166,7 +167,13 @@ def _value(text: str, kind: object, what: str) -> object:
 
 class _TextLoader(yaml.BaseLoader):
     """Safe YAML in which every scalar stays the text that was written (1e-5, on, 007), so that the field's own type
-    decides what it means; a key written twice is refused."""
+    decides what it means; a key written twice and any tag but YAML's own scalars and collections are refused."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> object:
+        if node.tag not in PLAIN_TAGS:
+            raise InputError(f"{self.name} line {node.start_mark.line + 1}: the tag {node.tag} means nothing here; "
+                             "leave it out.")
+        return super().construct_object(node, deep)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, object]:
         keys = [str(key.value) for key, _ in node.value]

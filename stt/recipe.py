@@ -103,7 +103,8 @@ def check_same_flags(folder: Path, args: RunArgs) -> None:
     """Raises InputError if the run in `folder` was started with other flags than `args`."""
     from stt.runs import read_json
 
-    before = read_json(folder / "args.json").get("arguments", {})
+    before = read_json(folder / "args.json").get("arguments")
+    before = before if isinstance(before, dict) else {}
     for name, value in asdict(args).items():
         if name not in MAY_CHANGE and before.get(name) != value:
             raise InputError(f"the run in {folder} was started with {name} {before.get(name)!r}, now it is {value!r}: "

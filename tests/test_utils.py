@@ -132,8 +132,11 @@ def test_foreign_folders_and_files_are_left_alone(tmp_path, overwrite):
 
 
 def test_impossible_folder_names(tmp_path):
+    for folder in (tmp_path / ("x" * 300), tmp_path / ("x" * 300) / "run"):
+        with pytest.raises(InputError, match="its name is longer than 255 bytes; choose a shorter one"):
+            RunFolder(folder)
     with pytest.raises(InputError, match="as a run folder: File name too long"):
-        RunFolder(tmp_path / ("x" * 300))
+        RunFolder(Path(*["x" * 200] * 30))
 
 
 def test_a_folder_that_cannot_be_made(tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+NAME_BYTES = 255  # of a file's name, at most, on every usual file system
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "safetensors", "tokenizers", "numpy")
 
 
@@ -193,6 +194,9 @@ class RunFolder:
 
 def _refusal(path: Path, overwrite: bool, resume: bool) -> str | None:
     """Why a run must not be written to `path`; None = it may."""
+    for part in path.parts:
+        if len(os.fsencode(part)) > NAME_BYTES:
+            return f"{part} cannot be a folder: its name is longer than {NAME_BYTES} bytes; choose a shorter one."
     for place in (path, *path.parents):
         if place.exists() and not place.is_dir():
             return f"{place} is a file, so {path} cannot be a run folder; choose another folder."

@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -259,6 +260,9 @@ def train(model: nn.Module, rows: Sequence[object], collate: Callable[[Sequence[
             checkpoints.clear(trainer.folder)
         with stopping.deferred(), logging_redirect_tqdm():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except pickle.UnpicklingError as error:  # from torch.load, which Trainer allows tensors and plain values only
+        raise InputError(f"{checkpoint} holds more than numbers and was not written by us: start again with "
+                         "--overwrite") from error
     except torch.OutOfMemoryError as error:
         raise TrainingFailed(f"the device ran out of memory outside of a forward and backward pass: lower --eval_batch "
                              f"or take a smaller model ({str(error).splitlines()[0]})") from error
