@@ -40,7 +40,8 @@ def main(args: LLMArgs) -> int:
     from stt.trainers.loop import training_arguments
     from stt.trainers.sft import train
     from util.clock import Clock
-    from util.utils import RunFolder, peak_memory_bytes, pick_device, set_seed, writing
+    from util.files import writing
+    from util.utils import RunFolder, peak_memory_bytes, pick_device, set_seed
 
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()

@@ -1,7 +1,6 @@
 """Seed, device, memory, versions, and the run folder that every recipe leaves behind."""
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import json
 import logging
@@ -13,12 +12,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stt import stopping
-from stt.errors import NO_ROOM, NOT_ALLOWED, InputError, TrainingFailed
+from stt.errors import InputError
+from util.files import write_text_atomic, writing
 from util.sinks import NoSink, Sink
 
 if TYPE_CHECKING:
@@ -85,40 +85,6 @@ def write_json_atomic(path: str | Path, value: object) -> None:
     """Writes `value` so that a reader sees the old file or the whole new one, also after a crash."""
     path = Path(path)
     write_text_atomic(path, json.dumps(finite(value, path.name), indent=2, allow_nan=False) + "\n")
-
-
-def write_text_atomic(path: Path, text: str) -> None:
-    """Likewise for text. What a crash leaves beside it is overwritten the next time."""
-    part = path.with_name(f".{path.name}.part")
-    with stopping.deferred():
-        with open(part, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-
-
-@contextlib.contextmanager
-def writing(path: Path, left: str) -> Iterator[None]:
-    """Around writing `path`: a full disk or a folder that may not be written raises TrainingFailed, in one sentence
-    that ends with what is `left`."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (*NO_ROOM, *NOT_ALLOWED):
-            raise
-        reason = error.strerror
-    except SafetensorError as error:
-        reason = str(error)
-    except RuntimeError as error:  # torch.save's
-        if "PytorchStreamWriter" not in str(error):
-            raise
-        reason = "torch.save could not write all of it"
-    else:
-        return
-    raise TrainingFailed(f"cannot write {path}: {reason}; {left}. Make room or access, and go on with --resume")
 
 
 def finite(value: object, where: str = "value") -> object:

@@ -25,7 +25,7 @@ from stt.arguments import RunArgs
 from stt.errors import InputError, TrainingFailed
 from stt.trainers import checkpoints, memory
 from stt.trainers.callbacks import Bar, Record, Saving, ends_epoch, failure, last_good
-from util.utils import writing
+from util.files import writing
 
 logger = logging.getLogger(__name__)
 
