@@ -26,10 +26,10 @@ Head = Literal["train", "freeze", "untie"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Partial = Literal["refuse", "ok"]
 Preset = Literal["published", "best"]
-Compensation = Literal["none", "mean", "lstsq"]
+Compensation = Literal["none", "mean", "lstsq", "lstsq_weights"]
 
 # What selects, where a flag leaves it open: as published (None), or what our comparison (README, Results) says is best.
-PRESETS = {"published": {}, "best": {"score": "contribution", "compensate": "lstsq"}}
+PRESETS = {"published": {}, "best": {"score": "contribution", "compensate": "lstsq_weights"}}
 
 # (fields, accepted?, in words); None is accepted where it is the default
 RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
@@ -131,12 +131,13 @@ class RunArgs:
     """round the number of kept neurons of every site up to a multiple of this"""
     preset: Preset = "published"
     """what --score and --compensate are if not given: as published (stt, none) or as we recommend (contribution,
-    lstsq)"""
+    lstsq_weights)"""
     score: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: the preset's)")] = None
     """what ranks the neurons in the modes stt and stt_lora: stt, contribution, fluctuation, wanda, taylor, ..., or
     package.module:Class for one of your own"""
     compensate: Annotated[Compensation | None, arg(help_behavior_hint="(default: the preset's)")] = None
-    """fold what the removed neurons contributed into the kept ones: their mean into the bias, or by least squares"""
+    """fold what the removed neurons contributed into the kept ones: their mean into the bias, by least squares, or by
+    least squares without a bias (lstsq_weights), which any plain checkpoint can hold"""
     min_tokens: int = 32
     """an expert that a router sends fewer tokens of the selection data than this is ranked by magnitude"""
     head: Head = "train"

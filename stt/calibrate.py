@@ -135,7 +135,7 @@ def _pass(model: nn.Module, sites: Sites, halves: tuple[list[Statistic], list[St
           shown: _Shown) -> None:
     """Show every batch to the statistics of its half."""
     needs = {need for statistic in halves[0] for need in statistic.needs}
-    last = _last_site(model, sites, needs)
+    last = last_site(model, sites, needs)
     is_routed = any(site.is_routed for site in sites.values())
     with _prepared(model, with_gradients="gradients" in needs):
         hidden = None if progress else True  # None: shown on a terminal
@@ -168,7 +168,7 @@ def _show(model: nn.Module, sites: Sites, observers: list[Observer], inputs: dic
             _summed_loss(model, inputs).backward()
             return
         with suppress(Done):
-            _body(model, sites)(**{name: value for name, value in inputs.items()
+            body_of(model, sites)(**{name: value for name, value in inputs.items()
                                    if name != "labels" or model.config.is_encoder_decoder})
 
 
@@ -180,7 +180,7 @@ def _gate_bias(model: nn.Module, site: Site) -> Tensor | None:
     return own if site.gate_bias.expert is None else own[site.gate_bias.expert]
 
 
-def _last_site(model: nn.Module, sites: Sites, needs: set[str]) -> str | None:
+def last_site(model: nn.Module, sites: Sites, needs: set[str]) -> str | None:
     """The site behind which nothing needs to be computed; None if that cannot be said: gradients need the loss, and a
     block that is called often (a shared layer, or the positions in chunks) may not be done after its first call."""
     is_called_once = all(site.calls == 1 and not site.is_routed for site in sites.values())
@@ -209,7 +209,7 @@ def _summed_loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2), labels, ignore_index=-100, reduction="sum")
 
 
-def _body(model: nn.Module, sites: Sites) -> nn.Module:
+def body_of(model: nn.Module, sites: Sites) -> nn.Module:
     """The model without its head, if all sites lie in it: statistics need no logits."""
     prefix = getattr(model, "base_model_prefix", "")
     body = getattr(model, prefix, None) if prefix else None

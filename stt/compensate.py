@@ -5,6 +5,8 @@ The block computes y = W h + b. With the kept neurons S and the removed ones R:
   mean    y ~ W_S h_S + b + W_R E[h_R]                           (FLAP, arxiv.org/abs/2312.11983, its bias compensation)
   lstsq   y ~ (W_S + D) h_S + b', the D and b' that minimise E|W_R h_R - D h_S - (b' - b)|^2 + ridge |D|^2:
           D = W_R C_RS (C_SS + ridge I)^-1 with the covariance C of h, and b' = b + W_R E[h_R] - D E[h_S]
+  lstsq_weights   y ~ (W_S + D) h_S + b: the same through the origin, with the second moments E[h h^T] in place of C. No
+          bias is made, so that the model still fits into a class without one
 
 Shapes: F neurons, K kept, D model width. Everything here is float64.
 """
@@ -22,7 +24,8 @@ from torch import Tensor
 from stt.errors import InputError, unknown_name
 from stt.scores.base import Seen, Statistic
 
-COMPENSATIONS = ("none", "mean", "lstsq")
+COMPENSATIONS = ("none", "mean", "lstsq", "lstsq_weights")
+LEAST_SQUARES = ("lstsq", "lstsq_weights")
 ROUNDING = 1e-12  # a variance below this part of the mean square is none
 RIDGES = tuple(10.0**power for power in range(-7, 2))  # times the mean variance of the kept neurons
 
@@ -47,28 +50,29 @@ class Moments(Statistic):
 
 @dataclass(frozen=True)
 class Folded:
-    """The kept columns (D, K) of the down projection and its bias (D,) after compensation."""
+    """The kept columns (D, K) of the down projection and its bias (D,) after compensation; None: the bias stays."""
 
     weight: Tensor
-    bias: Tensor
-    ridge: float | None  # as in RIDGES; None: not used, the mean is all that is folded in
+    bias: Tensor | None
+    ridge: float | None  # as in RIDGES; None: not used, at most the mean is folded in
 
 
 def moments_for(compensate: str) -> list[Moments]:
     """What has to be measured. Raises InputError for an unknown name."""
     if compensate not in COMPENSATIONS:
         raise unknown_name("compensation", compensate, COMPENSATIONS)
-    return [] if compensate == "none" else [Moments(with_products=compensate == "lstsq")]
+    return [] if compensate == "none" else [Moments(with_products=compensate in LEAST_SQUARES)]
 
 
 def check_memory(compensate: str, widths: Sequence[int], device: torch.device) -> None:
     """Raises InputError if the products of all sites, two F x F float64 matrices each, do not fit into what is free."""
-    needed = 0 if compensate != "lstsq" else sum(2 * 8 * width**2 for width in widths)
+    needed = sum(2 * 8 * width**2 for width in widths) if compensate in LEAST_SQUARES else 0
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else \
         os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > free:
-        raise InputError(f"compensate='lstsq' keeps {needed / 1e9:.0f} GB of products of neurons on {device.type}, and "
-                         f"{free / 1e9:.0f} GB are free: use 'mean' or 'none', or a device with more memory")
+        raise InputError(f"compensate={compensate!r} keeps {needed / 1e9:.0f} GB of products of neurons on "
+                         f"{device.type}, and {free / 1e9:.0f} GB are free: use 'mean' or 'none', or a device with "
+                         "more memory")
 
 
 def fold(weight: Tensor, bias: Tensor | None, kept: Tensor, halves: tuple[dict[str, Tensor], dict[str, Tensor]],
@@ -76,23 +80,27 @@ def fold(weight: Tensor, bias: Tensor | None, kept: Tensor, halves: tuple[dict[s
     """Compensate one site: `weight` (D, F) and `bias` (D,) of its dense down projection, sums of `Moments` by half.
 
     The ridge is the one of RIDGES with the smallest error on tokens it was not fitted on (each half in turn is held
-    out), or none of them if the mean alone is better there or if a half holds no token.
+    out), or none of them if no update at all is better there or if a half holds no token.
     """
     weight = weight.double()
-    bias = torch.zeros(len(weight), dtype=torch.float64, device=weight.device) if bias is None else bias.double()
     kept = kept.to(weight.device)
     removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device).index_fill(0, kept, False)
     removed = removed.nonzero().flatten()
     of_removed = weight[:, removed]  # (D, F - K)
+    if compensate == "lstsq_weights":  # through the origin: as if the mean were 0
+        halves = tuple({**sums, "sum": torch.zeros_like(sums["sum"])} for sums in halves)
     a, b = halves
     both = {name: a[name] + b[name] for name in a}
     mean = _mean(both)
     ridge, update = None, torch.zeros_like(weight[:, kept])
-    if compensate == "lstsq" and a["count"] and b["count"]:
+    if compensate in LEAST_SQUARES and a["count"] and b["count"]:
         ridge = _best_ridge(of_removed, kept, removed, a, b)
     if ridge is not None:
         update = _solved(_System.of(of_removed, kept, removed, _covariance(both)), ridge)
-    return Folded(weight[:, kept] + update, bias + of_removed @ mean[removed] - update @ mean[kept], ridge)
+    if compensate == "lstsq_weights":
+        return Folded(weight[:, kept] + update, None, ridge)
+    dense = torch.zeros(len(weight), dtype=torch.float64, device=weight.device) if bias is None else bias.double()
+    return Folded(weight[:, kept] + update, dense + of_removed @ mean[removed] - update @ mean[kept], ridge)
 
 
 class _System(NamedTuple):

@@ -28,8 +28,10 @@ def dummy_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def fitting_inputs(model: nn.Module) -> dict[str, Tensor] | None:
-    """The first made-up batch that the model takes, if there is one."""
-    for inputs in dummy_inputs(model):
+    """The first made-up batch that the model takes, if there is one. Some take one example only (a sequence classifier
+    whose config names no padding token), so a batch is also tried with its first example alone."""
+    made = list(dummy_inputs(model))
+    for inputs in (*made, *map(_first_example, made)):
         try:
             with torch.no_grad():
                 model(**inputs)
@@ -37,6 +39,10 @@ def fitting_inputs(model: nn.Module) -> dict[str, Tensor] | None:
             continue
         return inputs
     return None
+
+
+def _first_example(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value[:1] if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
 
 def _ids(model: nn.Module) -> Iterator[Tensor]:

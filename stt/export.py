@@ -143,7 +143,8 @@ def _check_biases(sliced: PreTrainedModel, dense: PreTrainedModel) -> None:
     extra = sorted(sliced.state_dict().keys() - dense.state_dict().keys())
     if extra:
         raise InputError(f"the compensated model has {len(extra)} biases that a plain {type(sliced).__name__} lacks "
-                         f"(first: {extra[0]}): load it with stt.load, or select with compensate=\"none\" to export")
+                         f"(first: {extra[0]}): load it with stt.load, or select with "
+                         "compensate=\"lstsq_weights\" to export")
 
 
 def _dense_model(sliced: PreTrainedModel, base: str | Path) -> PreTrainedModel:

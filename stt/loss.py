@@ -178,9 +178,14 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
                          f"{tuple(hidden.shape[:-1])}: give one label a position")
     targets = targets.flatten().to(hidden.device)  # (N,)
     rows = (targets != IGNORED).nonzero().squeeze(1)  # (L,)
+    return cross_entropy_at(hidden, weight, bias, rows, targets[rows], transform), len(rows)
+
+
+def cross_entropy_at(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, answers: Tensor,
+                     transform: Transform) -> Tensor:
+    """The same sum, of the positions `rows` (L,) of hidden (..., D) and the words that follow them, `answers` (L,)."""
     needs = [value is not None and value.requires_grad and torch.is_grad_enabled() for value in (hidden, weight, bias)]
-    loss = _CrossEntropy.apply(hidden.flatten(0, -2), weight, bias, rows, targets[rows], transform, needs)
-    return loss, len(rows)
+    return _CrossEntropy.apply(hidden.flatten(0, -2), weight, bias, rows, answers, transform, needs)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -282,7 +287,7 @@ def _recipe(model: PreTrainedModel) -> DecoderLoss:
             raise InputError(f"the loss of {kind} is not the cross-entropy of its logits and the next tokens (on four "
                              f"tokens {float(found['loss']):.6g}, not {float(expected):.6g}): train with its own loss")
         recipe = DecoderLoss(own, _signature(type(model.base_model)), Transform())
-        transform = _found_transform(model, recipe, ids) if _is_head_on_body(model) else None
+        transform = _found_transform(model, recipe, ids) if is_head_on_body(model) else None
     return DecoderLoss(own, None, Transform()) if transform is None else replace(recipe, transform=transform)
 
 
@@ -317,7 +322,7 @@ def _known_transforms(config: object) -> Iterator[Transform]:
     return itertools.starmap(Transform, itertools.product(scales, (None, named["final_logit_softcapping"])))
 
 
-def _is_head_on_body(model: PreTrainedModel) -> bool:
+def is_head_on_body(model: PreTrainedModel) -> bool:
     """True if the model is a body and a plain head, and no other module."""
     head, body = model.get_output_embeddings(), model.base_model
     return body is not model and _is_plain(head) and set(model.modules()) - set(body.modules()) == {model, head}

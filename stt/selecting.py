@@ -72,14 +72,15 @@ def select(model: nn.Module, data: Iterable[Batch] = (), tokenizer: PreTrainedTo
     `score` is "stt" (the union of the best by mean activation and by activation rate) or the name of one score.
     `keep` is the share of every site to keep, or a selection (or counts by site) whose sizes to match; None keeps the
     best `topk_ratio` by each score, as published. `across_sites` ranks all units of the model together, by one score
-    whose values compare between sites. `compensate` ("none", "mean", "lstsq") folds what the removed neurons
-    contributed into the kept ones; the new values travel with the selection. `select_on` counts "all" tokens, those of
-    the "prompt" or of the "answer". `width` is how many different widths the sites may have (per dense width): "free",
-    "uniform" or "buckets:N"; each is rounded up to `multiple_of`. The experts of one stack keep equally many, a
+    whose values compare between sites. `compensate` ("none", "mean", "lstsq", "lstsq_weights") folds what the removed
+    neurons contributed into the kept ones; the new values travel with the selection. `select_on` counts "all" tokens,
+    those of the "prompt" or of the "answer". `width` is how many different widths the sites may have (per dense width):
+    "free", "uniform" or "buckets:N"; each is rounded up to `multiple_of`. The experts of one stack keep equally many, a
     multiple of 8; one that fewer than `min_tokens` tokens reach is ranked by magnitude. How far the two halves of the
     data agree, and how clear the cut is, stands in `meta["reliability"]`.
 
-    Raises InputError for an unknown name, a ratio outside (0, 1], empty data, or a model without sites.
+    Raises InputError for an unknown name, a ratio outside (0, 1], `min_tokens` below 0, empty data, or a model without
+    sites.
 
     >>> selection = stt.select(model, batches, tokenizer, score="contribution", keep=0.3)
     """
@@ -98,6 +99,8 @@ def measure(model: nn.Module, data: Iterable[Batch], tokenizer: PreTrainedTokeni
             options: Mapping[str, Mapping[str, object]] | None = None) -> Measured:
     """All scores that `methods` need, and the moments that `compensate` needs, in one pass over `data`. `options` are
     keyword arguments by score name."""
+    if type(min_tokens) is not int or min_tokens < 0:
+        raise InputError(f"min_tokens must be a whole number of 0 or more, got {min_tokens}")
     names = list(dict.fromkeys(name for method in methods for name in scores_of(method)))
     given = {"activation_rate": {"threshold": threshold}, "random": {"seed": seed}, **(options or {})}
     made = [scores.make(name, **given.get(name, {})) for name in names]
@@ -193,11 +196,14 @@ def _compensated(measured: Measured, units: Mapping[str, Tensor],
         halves = tuple(half[0].sums[name] for half in measured.calibration.apart)
         folded = compensation.fold(projection_weight(module).detach(), module.bias, ids, halves, compensate)
         dtype = torch.promote_types(module.weight.dtype, torch.float32)
-        values |= {f"{down}.weight": folded.weight.to("cpu", dtype), f"{down}.bias": folded.bias.to("cpu", dtype)}
+        values[f"{down}.weight"] = folded.weight.to("cpu", dtype)
+        if folded.bias is not None:
+            values[f"{down}.bias"] = folded.bias.to("cpu", dtype)
         ridges[name] = folded.ridge
-    if compensate == "lstsq" and measured.calibration.halves is None:
-        logger.warning("no least squares: there are not two halves of the data to choose the ridge with, so only the "
-                       "mean is compensated; select on more examples (--active_sample_ratio)")
+    if compensate in compensation.LEAST_SQUARES and measured.calibration.halves is None:
+        logger.warning("no least squares: there are not two halves of the data to choose the ridge with, so %s is "
+                       "compensated; select on more examples (--active_sample_ratio)",
+                       "only the mean" if compensate == "lstsq" else "nothing")
     return values, ridges
 
 

@@ -16,6 +16,7 @@ from tyro.conf import Positional, arg
 from stt.arguments import resolve_model
 from stt.cli import run
 from stt.errors import InputError, unknown_name
+from stt.plan_arguments import PlanArgs
 from stt.serving import multiple_for
 
 
@@ -108,8 +109,17 @@ def export(args: ExportArgs) -> None:
     sys.stdout.write(f"{args.out}\n")
 
 
+def plan(args: PlanArgs) -> None:
+    """`stt plan`"""
+    from stt.plan import planned
+    from stt.plan_table import table
+
+    found = planned(args)
+    sys.stdout.write(json.dumps(found, indent=2) + "\n" if args.json else table(found))
+
+
 VERBS: dict[str, tuple[Callable[..., None], type]] = {"report": (report, ReportArgs), "sites": (sites, SitesArgs),
-                                                      "export": (export, ExportArgs)}
+                                                      "export": (export, ExportArgs), "plan": (plan, PlanArgs)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -58,10 +58,12 @@ def mebibytes(number: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """75 -> 1 min 15 s"""
+    """75 -> 1 min 15 s, 7500 -> 2 h 5 min"""
     if seconds is None:
         return "–"
     minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
     return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 

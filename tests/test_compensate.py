@@ -67,6 +67,45 @@ def test_least_squares_equals_augmented_rows() -> None:
     assert (folded.weight - weight[:, kept]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_least_squares_through_the_origin(has_bias: bool) -> None:
+    """No row is centred, and the bias stays what it is."""
+    weight, bias, kept, a, b = problem()
+    folded = fold(weight, bias if has_bias else None, torch.tensor(kept), (moments(a), moments(b)), "lstsq_weights")
+    assert folded.bias is None
+    assert folded.ridge in RIDGES
+    rows, removed = torch.cat([a, b]), [i for i in range(WIDTH) if i not in kept]
+    x, target = rows[:, kept], rows[:, removed] @ weight[:, removed].T
+    penalty = (folded.ridge * x.square().mean(0).mean() * len(rows)) ** 0.5 * torch.eye(len(kept), dtype=torch.float64)
+    stacked = torch.cat([x, penalty]), torch.cat([target, torch.zeros(len(kept), D, dtype=torch.float64)])
+    update = torch.linalg.lstsq(*stacked).solution.T
+    torch.testing.assert_close(folded.weight, weight[:, kept] + update, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-bias", "opt"])
+def test_weights_alone_become_a_plain_folder(name: str, tmp_path: Path) -> None:
+    """What `lstsq` cannot do for a class without biases."""
+    model, batch = tiny.build(name, torch.float32)
+    batches = batches_for(model, batch)
+    selection = stt.select(model, batches, score="contribution", keep=0.5, compensate="lstsq_weights")
+    plainly = stt.select(model, batches, score="contribution", keep=0.5)
+    of_both = []
+    for chosen in (selection, plainly):
+        sliced, _ = tiny.build(name, torch.float32)
+        of_both.append(stt.apply(sliced, chosen))
+    biases = {key for key in of_both[0].state_dict() if key.endswith("bias")}
+    assert biases == {key for key in of_both[1].state_dict() if key.endswith("bias")}
+    stt.save(of_both[0], tmp_path / "sliced")
+    export_hf(tmp_path / "sliced", tmp_path / "plain")
+    with torch.no_grad():
+        wanted, without = (one.eval()(**batch).logits for one in of_both)
+        got = type(model).from_pretrained(tmp_path / "plain").eval()(**batch).logits
+        loaded = stt.load(tmp_path / "sliced")(**batch).logits
+    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(loaded, wanted)
+    assert (wanted - without).abs().max() > 1e-3
+
+
 def test_the_ridge_has_the_smallest_error_on_held_out_rows() -> None:
     """Of noise, the mean alone is best; of a function of the kept neurons, the smallest ridge that solves it."""
     weight, bias, kept, a, b = problem()
@@ -306,7 +345,7 @@ def test_export_keeps_a_bias_where_there_is_a_place_for_it(tmp_path: Path) -> No
 
 def test_bad_input_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = tiny.build("llama")
-    with pytest.raises(InputError, match="unknown compensation 'ols'.*Choose one of: lstsq, mean, none"):
+    with pytest.raises(InputError, match="unknown compensation 'ols'.*Choose one of: lstsq, lstsq_weights, mean, none"):
         stt.select(model, [batch], compensate="ols")
     monkeypatch.setattr(os, "sysconf", lambda name: 1000 if name == "SC_PAGE_SIZE" else 2 * 44**2 * 8 * 2 // 1000)
     with pytest.raises(InputError, match="compensate='lstsq' keeps 0 GB of products of neurons on cpu, and 0 GB are"):

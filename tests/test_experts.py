@@ -202,6 +202,13 @@ def test_a_selection_of_experts_says_how_many_tokens_each_saw() -> None:
     assert model(**batch).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("min_tokens", [-1, 1.5, True, "8"])
+def test_a_least_number_of_tokens_that_is_none(min_tokens: object) -> None:
+    model, batch = tiny.build("mixtral")
+    with pytest.raises(InputError, match=f"min_tokens must be a whole number of 0 or more, got {min_tokens}"):
+        stt.select(model, [batch], min_tokens=min_tokens)
+
+
 def test_experts_are_not_compensated() -> None:
     model, batch = tiny.build("mixtral")
     with pytest.raises(InputError, match="cannot be compensated .experts.*compensate=\"none\""):

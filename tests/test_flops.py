@@ -3,9 +3,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers.integrations.moe as moe
 from torch import nn
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import PretrainedConfig, Qwen2Config, Qwen2ForCausalLM
 
+import stt
+from stt.sites import find_sites
+from tests.architectures.build import build as built
+from tests.architectures.build import with_experts
+from tests.architectures.matrix import random_units
 from util.torch_flops import by_length, forward_flops, training_flops
 
 B, T, D, F, V, LAYERS, HEADS, KV_HEADS = 2, 10, 32, 80, 64, 2, 4, 2
@@ -131,6 +137,59 @@ def test_three_lengths_give_every_other(count):
 
     at = by_length(one)
     assert [at(length) for length in (1, 2, 5, 33)] == [one(length) for length in (1, 2, 5, 33)]
+
+
+# ---------------------------------------------------------------- mixtures of experts
+
+
+def of_mixture(config: PretrainedConfig, rows: int, length: int, kept: dict[str, int]) -> int:
+    """By hand: every token meets attention, router, shared expert and head, and `num_experts_per_tok` experts of a
+    layer, each of as many neurons as the layer's experts keep."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    tokens, D = rows * length, config.hidden_size
+    per_token = D * config.vocab_size
+    for layer in range(config.num_hidden_layers):
+        width = {name.rpartition("layers.")[2]: count for name, count in kept.items() if f"layers.{layer}." in name}
+        per_token += D * head * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
+        per_token += length * head * config.num_attention_heads * 2  # scores, and weights @ values
+        if f"{layer}.mlp" in width:  # a layer without experts
+            per_token += 3 * D * width[f"{layer}.mlp"]
+            continue
+        per_token += D * config.num_experts
+        per_token += config.num_experts_per_tok * 3 * D * width[f"{layer}.mlp.experts.0"]
+        if f"{layer}.mlp.shared_expert" in width:
+            per_token += 3 * D * width[f"{layer}.mlp.shared_expert"] + D  # and its own gate
+    return 2 * tokens * per_token
+
+
+@pytest.mark.parametrize("experts", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"])
+def test_experts_by_their_tokens_and_kept_widths(name: str, experts: str) -> None:
+    model, batch = built(name).model, built(name).inputs
+    dense = {site.name: site.width for site in find_sites(model).values()}
+    units = random_units(find_sites(model))
+    with_experts(model, experts)
+    for kept in (dense, {site: len(ids) for site, ids in units.items()}):
+        if kept is not dense:
+            stt.apply(model, units)
+        expected = of_mixture(model.config, *batch["input_ids"].shape, kept)
+        assert forward_flops(model, batch) == expected
+        assert training_flops(model, batch | {"labels": batch["input_ids"]}) == 3 * expected
+    assert sum(kept.values()) < 0.8 * sum(dense.values())
+
+
+def test_the_loop_in_place_of_a_grouped_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What transformers does where torch has no grouped product for the device or the width."""
+    mixture = built("mixtral")
+    batch = mixture.inputs | {"labels": mixture.inputs["input_ids"]}
+    with_experts(mixture.model, "grouped_mm")
+    called = []
+    monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda *_: called.append(1))
+    expected = of_mixture(mixture.model.config, *batch["input_ids"].shape,
+                          {site.name: site.width for site in find_sites(mixture.model).values()})
+    assert forward_flops(mixture.model, batch) == expected
+    assert training_flops(mixture.model, batch) == 3 * expected
+    assert called
 
 
 @pytest.mark.gpu

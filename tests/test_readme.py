@@ -66,3 +66,17 @@ def _fakes(folder: Path) -> Path:
     fake.write_text("#!/bin/sh\nexit 1\n")
     fake.chmod(0o755)
     return folder
+
+
+def test_the_scores_in_short_are_those_of_the_whole_tables():
+    whole = [cells(line) for line in (CHECKOUT / "docs" / "scores.md").read_text(encoding="utf-8").splitlines()]
+    short = [cells(line) for line in README.splitlines() if line.startswith("| ") and " → " in line][1:]
+    assert len(short) > 5
+    for name, compensation, *numbers in short:
+        known = {cell for row in whole if row[:2] == [name, compensation] for cell in row[2:]}
+        assert known >= set(numbers), name
+
+
+def cells(line: str) -> list[str]:
+    """The cells of a row of a Markdown table."""
+    return [cell.strip() for cell in line.split("|")[1:-1]]

@@ -75,7 +75,8 @@ def test_paired_interval():
     (percent, 0.12345, "12.3 %"), (percent, None, "–"), (decimal, 12.345, "12.3"), (decimal, 1234.5, "1,234"),
     (decimal, 999.6, "1,000"), (decimal, None, "–"), (amount, 0, "0"), (amount, 999, "999"), (amount, 999_999, "1 M"),
     (amount, 1_234_567, "1.23 M"), (amount, 2.5e12, "2.5 T"), (amount, None, "–"),
-    (duration, 3.14, "3.1 s"), (duration, 75, "1 min 15 s"), (duration, 59.7, "1 min 0 s"), (duration, None, "–"),
+    (duration, 3.14, "3.1 s"), (duration, 75, "1 min 15 s"), (duration, 7500, "2 h 5 min"),
+    (duration, 59.7, "1 min 0 s"), (duration, None, "–"),
     (words.mebibytes, 3 * 2**20, "3 MiB"), (words.model_name, "/a/b/c", "c"),
     (words.model_name, "org/name", "org/name"), (spread, [], "–"), (spread, [2.0], "2.00")])
 def test_words(write, value, expected):

@@ -2,7 +2,8 @@
 
 Attention counts as its plain matrix products, 2 forward and 4 backward, over all T x T positions, whatever kernel runs
 it: a fused kernel computes the scores a second time in the backward pass, and that recomputation is not counted, so the
-number is the same on CPU and GPU and under eager attention.
+number is the same on CPU and GPU and under eager attention. An expert counts for the tokens that are sent to it,
+whichever way transformers computes experts.
 """
 from __future__ import annotations
 
@@ -10,15 +11,17 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 
 import torch
+import transformers.integrations.moe  # noqa: F401 - registers the operators of FALLBACK
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-# B batch, H heads, T query tokens, S key tokens, D width of a query, V width of a value
+# B batch, H heads, T query tokens, S key tokens, D width of a query, V width of a value, N rows, I inputs, O outputs
 
 Batch = Mapping[str, Tensor]
 aten = torch.ops.aten
 KERNELS = ("efficient_attention", "flash_attention", "flash_attention_for_cpu", "cudnn_attention",
            "fused_attention_overrideable")
+FALLBACK = torch.ops.transformers  # its loop over the experts, where torch has no grouped product for the device
 
 
 def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
@@ -31,8 +34,20 @@ def _attention_backward(_: torch.Size, *shapes: torch.Size, **__: object) -> int
     return 2 * _attention(*shapes)  # each product has a gradient towards both of its factors
 
 
+def _grouped(left: torch.Size, right: torch.Size, *_: object, **__: object) -> int:
+    """The product of every row with the matrix of its expert, (N, I) @ (experts, I, O); or the gradient of those
+    matrices, (I, N) @ (N, O): a row meets one expert, so their number does not count."""
+    return 2 * left[0] * left[1] * right[-1]
+
+
+def _grouped_backward(rows: torch.Size, matrices: torch.Size, *_: object, **__: object) -> int:
+    return 2 * _grouped(rows, matrices)
+
+
 FORMULAS = {getattr(aten, f"_scaled_dot_product_{kernel}"): _attention for kernel in KERNELS}
 FORMULAS |= {getattr(aten, f"_scaled_dot_product_{kernel}_backward"): _attention_backward for kernel in KERNELS}
+FORMULAS |= {aten._grouped_mm: _grouped, FALLBACK.grouped_mm_fallback: _grouped,
+             FALLBACK.grouped_mm_fallback_backward: _grouped_backward}
 
 
 def forward_flops(model: nn.Module, batch: Batch) -> int:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
@@ -25,7 +26,7 @@ from stt.errors import InputError
 from stt.mlps.stt_linear import STTLinear
 from stt.sites import Site
 
-ORDINARY = (Tensor, nn.Parameter)  # tensors of any other class may do anything
+ORDINARY = (Tensor, nn.Parameter, FakeTensor)  # with or without data; tensors of any other class may do anything
 CASTABLE = (torch.float32, torch.bfloat16, torch.float16)  # the dtypes autocast casts
 UNFIT = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)  # of a block that reads other inputs
 TWIN_NEURONS = 6
