@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -238,7 +239,8 @@ def rank(number: int, folder: Path) -> int:
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
                    "LOCAL_WORLD_SIZE": "2"}
     AcceleratorState._reset_state(reset_partial_state=True)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=number, world_size=2)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=number, world_size=2,
+                                         timeout=timedelta(seconds=30))
 
     def train(_: Flags) -> None:
         if number == 0:

@@ -64,18 +64,14 @@ class Saving(TrainerCallback):
     """Saves after the last step of every epoch, before its evaluation (which a resumption from there repeats), every
     `save_steps` (0 = never), and before a stop that was asked for."""
 
-    def __init__(self) -> None:
-        self.is_stopping = False
-
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        self.is_stopping = any_rank_stops(args.device)
+        is_stopping = any_rank_stops(args.device)
         is_due = ends_epoch(state) or bool(args.save_steps) and state.global_step % args.save_steps == 0
-        control.should_save = self.is_stopping or is_due and args.save_strategy != SaveStrategy.NO
-        control.should_training_stop |= self.is_stopping
+        control.should_save = is_stopping or is_due and args.save_strategy != SaveStrategy.NO
+        control.should_training_stop |= is_stopping
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        control.should_save = False
-        control.should_evaluate &= not self.is_stopping
+        control.should_save = False  # it is saved already
 
 
 def ends_epoch(state: TrainerState) -> bool:
