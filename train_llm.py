@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 def main(args: LLMArgs) -> int:
     """One run, from the flags to the report; 0. Raises InputError before anything is written, TrainingFailed later."""
+    args = resolved(args)
+    if recipe.is_finished(Path(args.output_dir) / args.run_name, args):
+        return 0
     import transformers
 
     from stt import modes, report
@@ -43,13 +46,14 @@ def main(args: LLMArgs) -> int:
     from stt.trainers.loop import training_arguments
     from stt.trainers.sft import train
     from util.clock import Clock
+    from util.files import writing
     from util.utils import RunFolder, peak_memory_bytes, pick_device, set_seed
 
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
 
     # ---------------------------------------------------------------- everything that can be wrong, before any write
-    args, device, clock = resolved(args), pick_device(), Clock()
+    device, clock = pick_device(), Clock()
     set_seed(args.seed)
     mode = modes.find(args.mode, args.score)
     run = RunFolder(Path(args.output_dir) / args.run_name, args.overwrite, args.resume)
@@ -109,7 +113,8 @@ def main(args: LLMArgs) -> int:
             accuracy["restored"] = judge.restored(model)
 
     # ---------------------------------------------------------------- ship and report
-    ship(model, judge, run.path / "checkpoint", selection is not None)
+    with writing(run.path / "checkpoint", "the last checkpoint is kept"):
+        ship(model, judge, run.path / "checkpoint", selection is not None)
     part = [] if args.select_on == "all" else [f"on the {args.select_on}"]
     results = {
         "recipe": "train_llm", **recipe.described(args, mode, task.name, device, *part), "accuracy": accuracy,

@@ -43,6 +43,7 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (("num_epoch", "train_batch", "eval_batch", "gradient_accumulation_steps", "lora_r", "log_interval",
       "multiple_of"), lambda x: x >= 1, "1 or more"),
     (("train_size",), lambda x: x >= 0, "0 (= all) or more"),
+    (("save_steps",), lambda x: x >= 0, "0 (= each epoch) or more"),
     (("min_tokens",), lambda x: x >= 0, "0 or more"),
     (("seed",), lambda x: 0 <= x < 2**32, "from 0 to 4294967295"),
     (("active_threshold",), math.isfinite, "a finite number"),
@@ -173,6 +174,8 @@ class RunArgs:
     """also test with the removed units put back after training"""
     run_name: str | None = None
     """folder under output_dir; None = made from model, task, mode, ratio, head and seed"""
+    save_steps: int = 0
+    """also save a checkpoint every so many optimizer steps; 0 = after each epoch only"""
     resume: bool = False
     """go on from the last checkpoint in the run folder"""
     overwrite: bool = False

@@ -9,10 +9,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import transformers
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
@@ -252,6 +254,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; its end token pads if it has no padding token. Raises InputError if there is none."""
     with _reading("the tokenizer of", name, "tokenizer.json"):
         tokenizer = AutoTokenizer.from_pretrained(name)
+        if len(tokenizer) < 2:  # what transformers makes up where it finds no tokenizer
+            raise InputError(f"the tokenizer of {name!r} has no tokens: give a folder with tokenizer.json")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -286,7 +290,8 @@ def _reading(part: str, name: str, files: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, RuntimeError, SafetensorError, ValueError, KeyError) as error:
+    except (OSError, RuntimeError, SafetensorError, UnpicklingError, StrictDataclassError, ValueError, TypeError,
+            KeyError, ZeroDivisionError) as error:  # the last ones for a config.json of another kind, or with a 0
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise InputError(f"cannot load {part} {name!r} ({reason}): give a folder with {files}, or a hub id that can be "
                          "reached") from error

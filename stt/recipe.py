@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 SELECTION = "selection.safetensors"
 GPU_MULTIPLE = 128  # kept neurons of a site are padded to a multiple of this for inference on a GPU
 DEV_SHARE = 0.1  # of the training data, held out by --dev_mode
-MAY_CHANGE = ("resume", "overwrite", "eval_restored", "log_interval", "output_dir", "ppl_text",
+MAY_CHANGE = ("resume", "overwrite", "eval_restored", "log_interval", "save_steps", "output_dir", "ppl_text",
               "use_wandb", "wandb_project", "wandb_entity", "wandb_run_name")  # between a run and its resumption
 
 
@@ -98,17 +99,37 @@ def kept_fractions(selection: Selection | None) -> dict[str, float]:
 
 
 def resumed_step(folder: Path, args: RunArgs) -> int:
-    """The step of the checkpoint to go on from. Raises InputError if the run was started with other flags."""
-    from stt.runs import read_json
-    from stt.trainers.loop import last_checkpoint
+    """The step of the newest whole checkpoint; says which ones are damaged. Raises InputError if there is none, or if
+    the run was started with other flags."""
+    from stt.trainers.checkpoints import newest, step_of
 
-    step = int(last_checkpoint(folder).rpartition("-")[2])
-    before = read_json(folder / "args.json")["arguments"]
+    checkpoint, faults = newest(folder)
+    check_same_flags(folder, args)
+    for name, fault in faults.items():
+        logger.warning("%s is damaged (%s): going on from %s", folder / name, fault, checkpoint.name)
+    return step_of(checkpoint)
+
+
+def is_finished(folder: Path, args: RunArgs) -> bool:
+    """Whether there is nothing left to resume; says where the report is. Raises InputError if the run was started with
+    other flags."""
+    if not (args.resume and (folder / "results.json").is_file()):
+        return False
+    check_same_flags(folder, args)
+    sys.stdout.write(f"already finished: {folder / 'report.html'}\n")
+    return True
+
+
+def check_same_flags(folder: Path, args: RunArgs) -> None:
+    """Raises InputError if the run in `folder` was started with other flags than `args`."""
+    from stt.runs import read_json
+
+    before = read_json(folder / "args.json").get("arguments")
+    before = before if isinstance(before, dict) else {}
     for name, value in asdict(args).items():
         if name not in MAY_CHANGE and before.get(name) != value:
             raise InputError(f"the run in {folder} was started with {name} {before.get(name)!r}, now it is {value!r}: "
                              "resume with the same flags, or start another run")
-    return step
 
 
 def wandb(args: RunArgs) -> Sink:
