@@ -45,8 +45,8 @@ def main(args: LLMArgs) -> int:
     from stt.surgery import count_parameters, pad_sites
     from stt.trainers.loop import training_arguments
     from stt.trainers.sft import train
+    from util import ranks
     from util.clock import Clock
-    from util.files import writing
     from util.utils import RunFolder, peak_memory_bytes, pick_device, set_seed
 
     if not sys.stderr.isatty():
@@ -56,32 +56,34 @@ def main(args: LLMArgs) -> int:
     device, clock = pick_device(), Clock()
     set_seed(args.seed)
     mode = modes.find(args.mode, args.score)
-    run = RunFolder(Path(args.output_dir) / args.run_name, args.overwrite, args.resume)
-    step = resumed_step(run.path, args) if args.resume else 0
-    tokenizer = load_tokenizer(args.model)
-    task = load_data(args, tokenizer)
-    encoded, _ = encode_all(task.train, tokenizer, args.max_length, args.apply_chat_template)
-    lost = truncation(task, tokenizer, args.max_length, args.apply_chat_template)
-    autocast_dtype = compute_dtype(args.precision, device)
-    judge = Judge(args.model, task, tokenizer, read_text(args.ppl_text), args.eval_batch, args.max_length,
-                  args.apply_chat_template, autocast_dtype)
-    model = load_model(args.model, autocast_dtype, device)
-    check_decoder(model, tokenizer)
-    judge.check_lengths(model, encoded)
-    packing = find_packing(model, encoded) if args.pack else None
-    teacher = load_teacher(args.teacher, args.distill_weight, args.distill_temperature, model, tokenizer,
-                           autocast_dtype) if args.distill != "none" else None
+    with ranks.together():
+        run = RunFolder(Path(args.output_dir) / args.run_name, args.overwrite, args.resume)
+        step = resumed_step(run.path, args) if args.resume else 0
+        tokenizer = load_tokenizer(args.model)
+        task = load_data(args, tokenizer)
+        encoded, _ = encode_all(task.train, tokenizer, args.max_length, args.apply_chat_template)
+        lost = truncation(task, tokenizer, args.max_length, args.apply_chat_template)
+        autocast_dtype = compute_dtype(args.precision, device)
+        judge = Judge(args.model, task, tokenizer, read_text(args.ppl_text), args.eval_batch, args.max_length,
+                      args.apply_chat_template, autocast_dtype)
+        model = load_model(args.model, autocast_dtype, device)
+        check_decoder(model, tokenizer)
+        judge.check_lengths(model, encoded)
+        packing = find_packing(model, encoded) if args.pack else None
+        teacher = load_teacher(args.teacher, args.distill_weight, args.distill_temperature, model, tokenizer,
+                               autocast_dtype) if args.distill != "none" else None
+        if mode.score:
+            modes.check_sites(model, args.partial, args.units)
     parameters = {"dense": count_parameters(model)["total"]}
     perplexity = {"dense": judge.perplexity(model)}
 
     # ---------------------------------------------------------------- select
     selection, sites, flops = None, [], {}
     if mode.score:
-        modes.check_sites(model, args.partial, args.units)
         selection, sites, flops["selection"] = select(args, mode, model, judge, run.path, clock)
     run.start(asdict(args), wandb(args), step)
     if selection is not None:
-        selection.save(run.path / SELECTION)
+        ranks.on_first(lambda: selection.save(run.path / SELECTION))
     clock.add("training", run.seconds)
 
     # ---------------------------------------------------------------- then train
@@ -108,22 +110,22 @@ def main(args: LLMArgs) -> int:
         pad_sites(model, GPU_MULTIPLE if device.type == "cuda" else 1)
         accuracy, answer_loss = judge.test(model, run.path), judge.answer_loss(model)
         perplexity["trained"] = judge.perplexity(model)
-        throughput = judge.throughput(model, is_sliced=selection is not None)
+        throughput = ranks.on_first(lambda: judge.throughput(model, is_sliced=selection is not None))
         if args.eval_restored:
             accuracy["restored"] = judge.restored(model)
 
     # ---------------------------------------------------------------- ship and report
-    with writing(run.path / "checkpoint", "the last checkpoint is kept"):
-        ship(model, judge, run.path / "checkpoint", selection is not None)
+    ranks.on_first(lambda: ship(model, judge, run.path / "checkpoint", selection is not None))
     part = [] if args.select_on == "all" else [f"on the {args.select_on}"]
     results = {
         "recipe": "train_llm", **recipe.described(args, mode, task.name, device, *part), "accuracy": accuracy,
         "truncation": {"max_length": args.max_length, **lost}, "training_tokens_per_second": speed,
         "answer_loss": answer_loss, "perplexity": perplexity, "parameters": parameters, "flops": flops,
         "throughput": throughput, "peak_memory_bytes": peak, "seconds": clock.seconds(), "sites": sites}
-    report.write_report(run.path, results)
-    run.finish(results)
-    print("\n".join([*report.summary_lines(results), f"report: {run.path / 'report.html'}"]))
+    if ranks.is_first():
+        report.write_report(run.path, results)
+        run.finish(results)
+        print("\n".join([*report.summary_lines(results), f"report: {run.path / 'report.html'}"]))
     return 0
 
 
@@ -148,8 +150,7 @@ def select(args: LLMArgs, mode: Mode, model: PreTrainedModel, judge: Judge, fold
 
     examples = selection_subset(judge.task.train, args.active_sample_ratio, args.seed)
     rows, _ = encode_all(examples, judge.tokenizer, args.max_length, args.apply_chat_template)
-    batches = [collate(judge.tokenizer.pad_token_id)(rows[i:i + args.eval_batch])
-               for i in range(0, len(rows), args.eval_batch)]
+    batches = recipe.batches_of(rows, args.eval_batch, collate(judge.tokenizer.pad_token_id))
     with clock.lap("selection"):
         selection, sites = recipe.select(args, mode, model, batches, judge.tokenizer, folder, args.select_on)
     methods, head_score = measured_for(["stt", mode.score], args.units)
@@ -177,18 +178,21 @@ def read_text(path: str) -> str:
 
 
 def ship(model: PreTrainedModel, judge: Judge, folder: Path, is_sliced: bool) -> None:
-    """The trained model and its tokenizer, for stt.load or plain from_pretrained; no value is rounded."""
+    """The trained model and its tokenizer, for stt.load or plain from_pretrained; no value is rounded. Raises
+    TrainingFailed if it cannot be written."""
     from stt import checkpoint
     from stt.surgery import widest_dtype
+    from util.files import writing
 
     tokenizer, stop_ids = judge.tokenizer, judge.task.stop_ids
     if stop_ids:  # the ends of a chat template's turns, which plain `generate` has to know
         model.generation_config.eos_token_id = [tokenizer.eos_token_id, *stop_ids]
-    if is_sliced:
-        checkpoint.save(model, folder, tokenizer)
-    else:
-        model.to(widest_dtype(model.parameters())).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    with writing(folder, "the last checkpoint is kept"):
+        if is_sliced:
+            checkpoint.save(model, folder, tokenizer)
+        else:
+            model.to(widest_dtype(model.parameters())).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from stt.scores import magnitude
 from stt.scores.base import Score, Seen, Statistic, Weights, wide
 from stt.sites import Site, Sites, channels_first
 from stt.trace import eager_experts, evaluating
+from util import ranks
 
 MIN_TOKENS = 32  # that an expert must see to be judged by them
 PARTS = ("all", "prompt", "answer")  # of every example, for `select_on`
@@ -147,7 +148,7 @@ def _pass(model: nn.Module, sites: Sites, halves: tuple[list[Statistic], list[St
     is_routed = any(site.is_routed for site in sites.values())
     with_gradients = "gradients" in needs["neurons"] | needs["heads"]
     with _prepared(model, with_gradients):
-        hidden = None if progress else True  # None: shown on a terminal
+        hidden = None if progress and ranks.is_first() else True  # None: shown on a terminal
         for batch in tqdm(batched(batches), desc="measuring units", unit="batch", disable=hidden):
             inputs = as_inputs(batch, model, tokenizer)
             inputs = inputs if count_padding else padded_right(model, inputs)
@@ -268,14 +269,12 @@ def _added(a: Statistic, b: Statistic) -> Statistic:
 def _add_up_over_ranks(halves: tuple[list[Statistic], list[Statistic]]) -> None:
     """Every rank sees its share of the data; the sums of all of them make the statistics. An expert that no token of
     this rank has reached adds zeros."""
-    if _is_distributed():
+    if ranks.world() > 1:
         statistics = (*halves[0], *halves[1])
         mine = [{site: {name: (value.shape, value.dtype) for name, value in sums.items()}
                  for site, sums in statistic.sums.items()} for statistic in statistics]
-        everywhere = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everywhere, mine)
         device = next((v.device for s in statistics for sums in s.sums.values() for v in sums.values()), None)
-        for theirs in everywhere:
+        for theirs in ranks.gather(mine):
             for statistic, sums_of in zip(statistics, theirs, strict=True):
                 for site, sums in sums_of.items():
                     for name, (shape, dtype) in sums.items():
@@ -285,10 +284,6 @@ def _add_up_over_ranks(halves: tuple[list[Statistic], list[Statistic]]) -> None:
             for site in sorted(statistic.sums):
                 for name in sorted(statistic.sums[site]):
                     torch.distributed.all_reduce(statistic.sums[site][name])
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _mask_of(site: Site, model: nn.Module, masks: dict[str, Tensor]) -> Tensor | None:
@@ -326,11 +321,7 @@ class _Shown:
 
     def add_up_over_ranks(self) -> None:
         """What all ranks have shown. Raises InputError, on every rank, if one of them had no batch."""
-        mine = (self.tokens, self.examples, self.digest)
-        all_of_them = [mine]
-        if _is_distributed():
-            all_of_them = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(all_of_them, mine)
+        all_of_them = ranks.gather((self.tokens, self.examples, self.digest))
         if not all(examples for _, examples, _ in all_of_them):
             raise InputError("the calibration data is empty" + (" on one of the ranks" if len(all_of_them) > 1 else "")
                              + ": give at least one batch")

@@ -23,6 +23,7 @@ import yaml
 
 from stt import stopping
 from stt.errors import NO_ROOM, NOT_ALLOWED, InputError, TrainingFailed, unknown_name
+from util import ranks
 
 Args = TypeVar("Args")
 TyroArg = type(tyro.conf.arg())  # the class behind tyro.conf.arg(aliases=...)
@@ -38,10 +39,20 @@ def run(main: Callable[[Args], int | None], cls: type[Args], argv: Sequence[str]
     """The exit code of `main(args)` with `args` read from the command line.
 
     2 = bad input, 3 = training failed, 130 = interrupted, otherwise what `main` returns (None = 0). A process of its
-    own (`argv` None) whose flags have --resume also ends with 75, on SIGTERM and SIGUSR1 (stt/stopping.py).
+    own (`argv` None) whose flags have --resume also ends with 75, on SIGTERM and SIGUSR1 (stt/stopping.py), and is one
+    of several if torchrun started it (util/ranks.py).
     """
-    if argv is None and "resume" in cls.__dataclass_fields__:
-        stopping.listen()
+    if argv is not None or "resume" not in cls.__dataclass_fields__:
+        return _run(main, cls, argv, prog)
+    stopping.listen()
+    try:
+        with ranks.joined():
+            return _run(main, cls, argv, prog)
+    except InputError as error:  # from joining
+        return _fail(error, 2)
+
+
+def _run(main: Callable[[Args], int | None], cls: type[Args], argv: Sequence[str] | None, prog: str | None) -> int:
     _log_to_stderr()
     try:
         code = main(read_args(cls, argv, prog)) or 0
@@ -91,7 +102,8 @@ def read_args(cls: type[Args], argv: Sequence[str] | None = None, prog: str | No
 
 
 def _fail(reason: object, code: int) -> int:
-    sys.stderr.write(f"error: {' '.join(str(reason).split())}\n")
+    if ranks.speaks():
+        sys.stderr.write(f"error: {' '.join(str(reason).split())}\n")
     return code
 
 

@@ -46,7 +46,7 @@ class LLMArgs(RunArgs):
     lr: Annotated[float | None, _open("lr", "FLOAT", "--learning_rate")] = None
     """step size of AdamW"""
     train_batch: Annotated[int | None, _open("train_batch", "INT", "--batch_size")] = None
-    """examples per forward pass"""
+    """examples per forward pass, of each process"""
     num_epoch: Annotated[int | None, _open("num_epoch", "INT", "--num_epochs")] = None
     """passes over the training data"""
     schedule: Annotated[bool | None, _open("schedule", "| --no_schedule")] = None

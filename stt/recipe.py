@@ -2,14 +2,16 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from stt.arguments import RunArgs
 from stt.errors import InputError
+from util import ranks
 
 if TYPE_CHECKING:
     import torch
@@ -27,12 +29,21 @@ GPU_MULTIPLE = 128  # kept neurons of a site are padded to a multiple of this fo
 DEV_SHARE = 0.1  # of the training data, held out by --dev_mode
 MAY_CHANGE = ("resume", "overwrite", "eval_restored", "log_interval", "save_steps", "output_dir", "ppl_text",
               "use_wandb", "wandb_project", "wandb_entity", "wandb_run_name")  # between a run and its resumption
+PARTS_OF_UPDATE = ("train_batch", "gradient_accumulation_steps")  # so may these, if an update keeps its size
+Row = TypeVar("Row")
+
+
+def batches_of(rows: Sequence[Row], size: int, collate: Callable[[Sequence[Row]], Batch]) -> list[Batch]:
+    """The batches that this process selects on: its share of all, of `size` rows or of so few that each process has
+    one."""
+    size = min(size, max(len(rows) // ranks.world(), 1))
+    return [collate(part) for part in ranks.share([rows[i:i + size] for i in range(0, len(rows), size)])]
 
 
 def select(args: RunArgs, mode: Mode, model: PreTrainedModel, batches: Sequence[Batch],
            tokenizer: PreTrainedTokenizerBase | None, folder: Path,
            select_on: str = "all") -> tuple[Selection, list[dict[str, object]]]:
-    """The selection on these batches, and its sites for the record.
+    """The selection on these batches of every process, and its sites for the record; all have the first one's.
 
     Raises InputError if a resumed run would select otherwise than it did.
     """
@@ -43,9 +54,9 @@ def select(args: RunArgs, mode: Mode, model: PreTrainedModel, batches: Sequence[
 
     size = Budget(args.topk_ratio, args.keep_ratio, width=args.width, multiple_of=args.multiple_of,
                   heads_keep=args.heads_ratio)
-    selection, composition = select_units(mode, model, batches, tokenizer, size, args.active_threshold, args.seed,
-                                          args.count_padding, select_on, args.compensate or "none", args.min_tokens,
-                                          args.units)
+    selection, composition = ranks.broadcast(select_units(
+        mode, model, batches, tokenizer, size, args.active_threshold, args.seed, args.count_padding, select_on,
+        args.compensate or "none", args.min_tokens, args.units))
     if args.resume and Selection.load(folder / SELECTION).without_new_values() != selection.without_new_values():
         raise InputError(f"{folder / SELECTION} is not what this run selects now: the model or the data changed; start "
                          "again with --overwrite")
@@ -70,7 +81,7 @@ def described(args: RunArgs, mode: Mode, task: str, device: torch.device, *more:
 
     return {"mode": args.mode, "model": args.model, "task": task, "seed": args.seed,
             "selected_by": selected_by(args, mode, *more), "head": args.head, "dev_mode": args.dev_mode,
-            "versions": versions(), "git_commit": git_commit(), "device": str(device)}
+            "versions": versions(), "git_commit": git_commit(), "device": str(device), "processes": ranks.world()}
 
 
 def selected_by(args: RunArgs, mode: Mode, *more: str) -> str | None:
@@ -116,26 +127,40 @@ def is_finished(folder: Path, args: RunArgs) -> bool:
     if not (args.resume and (folder / "results.json").is_file()):
         return False
     check_same_flags(folder, args)
-    sys.stdout.write(f"already finished: {folder / 'report.html'}\n")
+    if ranks.is_first():
+        sys.stdout.write(f"already finished: {folder / 'report.html'}\n")
     return True
 
 
 def check_same_flags(folder: Path, args: RunArgs) -> None:
-    """Raises InputError if the run in `folder` was started with other flags than `args`."""
+    """Raises InputError if the run in `folder` was started with other flags than `args`. Of an update's examples the
+    parts of a process and of a forward pass may change together, as the number of processes does."""
     from stt.runs import read_json
 
-    before = read_json(folder / "args.json").get("arguments")
+    record = read_json(folder / "args.json")
+    before = record.get("arguments")
     before = before if isinstance(before, dict) else {}
+    was, now = update_size(before, record.get("processes", 1)), update_size(asdict(args), ranks.world())
+    may_change = (*MAY_CHANGE, *(PARTS_OF_UPDATE if was == now else ()))
     for name, value in asdict(args).items():
-        if name not in MAY_CHANGE and before.get(name) != value:
+        if name not in may_change and before.get(name) != value:
             raise InputError(f"the run in {folder} was started with {name} {before.get(name)!r}, now it is {value!r}: "
                              "resume with the same flags, or start another run")
+    if was != now:
+        logger.warning("an update was made of %s examples, and is of %s with %d processes now: another "
+                       "--train_batch or --gradient_accumulation_steps keeps it", was, now, ranks.world())
+
+
+def update_size(arguments: Mapping[str, object], processes: object) -> int | None:
+    """Examples of one optimizer step; None if the record does not say."""
+    factors = [*(arguments.get(name) for name in PARTS_OF_UPDATE), processes]
+    return math.prod(factors) if all(type(factor) is int for factor in factors) else None
 
 
 def wandb(args: RunArgs) -> Sink:
-    """The W&B run if asked for, else nothing."""
+    """The W&B run if asked for, of the first process, else nothing."""
     from util.sinks import NoSink, wandb_sink
 
-    if not args.use_wandb:
+    if not args.use_wandb or not ranks.is_first():
         return NoSink()
     return wandb_sink(args.wandb_project, args.wandb_entity, args.wandb_run_name or args.run_name, asdict(args))

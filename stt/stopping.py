@@ -99,5 +99,6 @@ def _end() -> None:
     with contextlib.suppress(OSError):
         if _state.folder:
             (_state.folder / MARKER).write_text(f"{_state.reason}\n", encoding="utf-8")
-        os.write(2, f"stopped by {_state.reason}: {how}\n".encode())
+        if os.environ.get("RANK", "0") == "0":  # of several processes, which all stop, one says so
+            os.write(2, f"stopped by {_state.reason}: {how}\n".encode())
     os._exit(CODE)

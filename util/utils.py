@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from stt import stopping
 from stt.errors import InputError
+from util import ranks
 from util.files import write_text_atomic, writing
 from util.sinks import NoSink, Sink
 
@@ -42,10 +43,10 @@ def set_seed(seed: int) -> None:
 
 
 def pick_device() -> torch.device:
-    """The first CUDA device, or the CPU where there is none."""
+    """The CUDA device of this process, or the CPU where there is none."""
     import torch
 
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def peak_memory_bytes() -> int:
@@ -100,7 +101,8 @@ def finite(value: object, where: str = "value") -> object:
 
 
 class RunFolder:
-    """The record of one run: args.json first, metrics.jsonl while it goes, results.json last (= complete)."""
+    """The record of one run: args.json first, metrics.jsonl while it goes, results.json last (= complete). Of several
+    processes the first one writes it."""
 
     def __init__(self, path: str | Path, overwrite: bool = False, resume: bool = False):
         """Raises InputError if the run must not be written here; touches nothing."""
@@ -117,8 +119,14 @@ class RunFolder:
     def start(self, arguments: Mapping[str, object], sink: Sink | None = None, resume_step: int = 0) -> RunFolder:
         """Makes the folder, or empties it, and writes args.json. A resumed run keeps its files and those rows of
         metrics.jsonl that belong to the steps up to `resume_step`."""
+        ranks.on_first(lambda: self._begin(arguments, resume_step))
+        self._sink = sink or NoSink()
+        return self
+
+    def _begin(self, arguments: Mapping[str, object], resume_step: int) -> None:
         record = {"format_version": FORMAT_VERSION, "arguments": dict(arguments), "command": sys.argv,
-                  "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "versions": versions(), "git_commit": git_commit()}
+                  "processes": ranks.world(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                  "versions": versions(), "git_commit": git_commit()}
         try:
             if self.path.is_dir() and not self._resume:
                 shutil.rmtree(self.path)
@@ -129,11 +137,11 @@ class RunFolder:
             raise InputError(f"cannot write {self.path}: {error.strerror}; choose another folder.") from None
         if self._resume:
             self._drop_rows_after(resume_step)
-        self._sink = sink or NoSink()
-        return self
 
     def log(self, **numbers: float) -> None:
         """One row of metrics.jsonl, one readable line, one point in W&B if asked for."""
+        if not ranks.is_first():
+            return
         row, path = finite(numbers, "metrics"), self.path / "metrics.jsonl"
         with writing(path, "the last checkpoint is kept"), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

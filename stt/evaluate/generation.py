@@ -1,6 +1,7 @@
 """Accuracy by generation: greedy answers to a task's prompts, and how many of them are right.   B batch, T tokens."""
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import GenerationConfig, GenerationMixin
 
 from stt.dataset.base import Example, Task, prompt_ids
 from stt.errors import InputError
 from stt.evaluate.inference import inference
+from util import ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +27,7 @@ def generate_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 
     Prompts are `prompt_ids(…, max_length, chat)`: give the `max_length` of training. Answers are greedy, of at most
     `task.max_new_tokens` tokens, and stop at the tokenizer's end token or at one of `task.stop_ids`; in float32 they do
-    not depend on `batch_size`.
+    not depend on `batch_size`. Several processes share the work, and each gets all rows.
     """
     if not examples:
         raise InputError("there are no examples to answer: the data is empty.")
@@ -36,16 +37,16 @@ def generate_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     check_positions(model, max(map(len, prompts)), task.max_new_tokens)
     config = _greedy(tokenizer, task)
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # little padding; memory fails at once
-    responses = [""] * len(prompts)
+    batches = [longest_first[start:start + batch_size] for start in range(0, len(prompts), batch_size)]
     with inference(model, autocast_dtype) as device, _own_settings_aside(model):
-        for start in tqdm(range(0, len(prompts), batch_size), desc=f"answering {task.name}", unit="batch", leave=False,
-                          disable=None):
-            chosen = longest_first[start:start + batch_size]
+        def answer(chosen: list[int]) -> list[list[int]]:
             batch = left_padded([prompts[i] for i in chosen], config.pad_token_id, device)
-            new = model.generate(**batch, generation_config=config)[:, batch["input_ids"].shape[1]:]
-            for i, ids in zip(chosen, new.tolist(), strict=True):
-                responses[i] = tokenizer.decode(_until_end(ids, config.eos_token_id), skip_special_tokens=True)
-    return [_row(example, response, task) for example, response in zip(examples, responses, strict=True)]
+            return model.generate(**batch, generation_config=config)[:, batch["input_ids"].shape[1]:].tolist()
+
+        answered = ranks.shared_out(batches, answer, f"answering {task.name}")
+    ids_of = dict(zip(itertools.chain(*batches), itertools.chain(*answered), strict=True))
+    return [_row(example, tokenizer.decode(_until_end(ids_of[i], config.eos_token_id), skip_special_tokens=True), task)
+            for i, example in enumerate(examples)]
 
 
 def accuracy(rows: Sequence[Mapping[str, object]]) -> float:

@@ -22,6 +22,7 @@ from stt.loss import answer_nll, chunked_loss
 from stt.selecting import measure
 from stt.surgery import restore_forward
 from stt.trainers.sft import Encoded, collate
+from util import ranks
 from util.torch_flops import by_length, flops_of, forward_flops, training_flops
 
 NEW_TOKENS = 16  # decoded per row when speed is measured
@@ -52,7 +53,8 @@ class Judge:
     def test(self, model: PreTrainedModel, folder: Path) -> dict[str, float | None]:
         """The `accuracy` entry of results.json; the answers themselves go to outputs.json."""
         rows = self.answers(model, self.task.test)
-        (folder / "outputs.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
+        if ranks.is_first():
+            (folder / "outputs.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
         return {"test": accuracy(rows), "n": len(rows), "correct": sum(row["correct"] for row in rows),
                 "majority": majority_accuracy(self.task.train, self.task.test)}
 
@@ -63,15 +65,15 @@ class Judge:
 
     def answer_loss(self, model: PreTrainedModel) -> float:
         """Mean negative log-likelihood of the labelled tokens of the test examples, in nats a token."""
-        nll, count, encoded, batches = 0.0, 0, self.encoded_test, collate(self.tokenizer.pad_token_id)
+        encoded, padded = self.encoded_test, collate(self.tokenizer.pad_token_id)
+        parts = [encoded[start:start + self.batch_size] for start in range(0, len(encoded), self.batch_size)]
         with inference(model, self.autocast_dtype) as device:
-            for start in range(0, len(encoded), self.batch_size):
-                batch = batches(encoded[start:start + self.batch_size])
-                batch = {name: value.to(device) for name, value in batch.items()}  # (B, T) each
-                labels = batch.pop("labels")
-                of_batch, labelled = answer_nll(model, batch, labels)
-                nll, count = nll + of_batch, count + labelled
-        return nll / count
+            def of_part(rows: Sequence[Encoded]) -> tuple[float, int]:
+                batch = {name: value.to(device) for name, value in padded(rows).items()}  # (B, T) each
+                return answer_nll(model, batch, batch.pop("labels"))
+
+            nll, count = zip(*ranks.shared_out(parts, of_part, "loss of the answers"), strict=True)
+        return sum(nll) / sum(count)
 
     def perplexity(self, model: PreTrainedModel) -> float:
         """On the held-out general text."""

@@ -65,7 +65,9 @@ class Saving(TrainerCallback):
     `save_steps` (0 = never), and before a stop that was asked for."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        is_stopping = any_rank_stops(args.device)
+        is_stopping = any_rank(stopping.requested(), args.device)
+        if is_stopping:
+            stopping.request("another process")
         is_due = ends_epoch(state) or bool(args.save_steps) and state.global_step % args.save_steps == 0
         control.should_save = is_stopping or is_due and args.save_strategy != SaveStrategy.NO
         control.should_training_stop |= is_stopping
@@ -79,12 +81,10 @@ def ends_epoch(state: TrainerState) -> bool:
     return state.global_step >= state.max_steps or state.epoch == int(state.epoch)
 
 
-def any_rank_stops(device: torch.device) -> bool:
-    """Whether any process was asked to stop: then all stop after the same step."""
+def any_rank(claim: bool, device: torch.device) -> bool:
+    """Whether it is true of any process; then all do the same after the same step."""
     if not distributed.is_initialized():
-        return stopping.requested()
-    flag = torch.tensor(float(stopping.requested()), device=device)
+        return claim
+    flag = torch.tensor(float(claim), device=device)
     distributed.all_reduce(flag, distributed.ReduceOp.MAX)
-    if flag.item():
-        stopping.request("another process")
     return bool(flag.item())

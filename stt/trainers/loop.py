@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils.memory import clear_device_cache
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.utils.data import Sampler
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -25,7 +25,8 @@ from stt import stopping
 from stt.arguments import RunArgs
 from stt.errors import InputError, TrainingFailed
 from stt.trainers import checkpoints, memory
-from stt.trainers.callbacks import Bar, Record, Saving, ends_epoch, failure, last_good
+from stt.trainers.callbacks import Bar, Record, Saving, any_rank, ends_epoch, failure, last_good
+from util import ranks
 from util.files import writing
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class RecordedTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Sequence[object] | None = None) -> Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        examples = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        examples = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return ByLength(examples, self.train_dataset, self.args.data_seed)
 
     def get_batch_samples(self, *args: object) -> tuple[list[Mapping[str, Tensor]], Tensor | int | None]:
@@ -80,7 +81,7 @@ class RecordedTrainer(Trainer):
             model.zero_grad()
             batches = [*self._trained, inputs]
         self._trained.append(inputs)
-        if not losses[-1].isfinite():
+        if any_rank(not losses[-1].isfinite(), self.args.device):
             raise TrainingFailed(failure("the loss", self.state, self.folder))
         return losses[-1]
 
@@ -146,10 +147,10 @@ class RecordedTrainer(Trainer):
                 with self._saving_in(staging):
                     super()._save_checkpoint(model, trial)
                 progress = self._progress()
-                wait_for_all()
+                ranks.wait_for_all()
                 if self.args.should_save:
                     self._seal(staging / target.name, target, progress)
-            wait_for_all()
+            ranks.wait_for_all()
         finally:
             if self.args.should_save:
                 checkpoints.clear(self.folder)
@@ -244,9 +245,10 @@ def train(model: nn.Module, rows: Sequence[object], collate: Callable[[Sequence[
 
     A stop that is asked for (stt/stopping.py) ends the process after the step and its checkpoint. Raises TrainingFailed
     for a loss or gradient that is not a number, for too little memory and for a checkpoint that cannot be written, and
-    InputError if there is nothing to resume or its selection is another one.
+    InputError if there is nothing to resume, its selection is another one, or the processes' are not the same.
     """
     check_trained_dtype(model)
+    check_same_selection(model)
     checkpoint = checkpoint_of(model, Path(arguments.output_dir)) if resume else None
     try:
         trainer = RecordedTrainer(model=model, args=arguments, train_dataset=list(rows), data_collator=collate,
@@ -279,6 +281,14 @@ def checkpoint_of(model: nn.Module, folder: Path) -> Path:
     return checkpoint
 
 
+def check_same_selection(model: nn.Module) -> None:
+    """Raises InputError, on every process, if they selected differently: their gradients would be averaged all the
+    same, and be those of different units."""
+    if len(set(ranks.gather(digest_of_selection(model)))) > 1:
+        raise InputError("the processes have models with different selections: select on one of them and give that "
+                         "selection to all")
+
+
 def digest_of_selection(model: nn.Module) -> str | None:
     """sha256 over the kept units of every site; None for a model that is not sliced."""
     selection = getattr(unwrap_peft_model(model), "stt_selection", None)
@@ -302,12 +312,6 @@ def own_names(model: nn.Module) -> Iterator[None]:
         del model.save_pretrained
         if before is not None:
             model.save_pretrained = before
-
-
-def wait_for_all() -> None:
-    """Until every process is here."""
-    if distributed.is_initialized():
-        distributed.barrier()
 
 
 def check_trained_dtype(model: nn.Module) -> None:
