@@ -44,8 +44,8 @@ def main(args: ClassifierArgs) -> int:
     from stt.loading import Classes, check_classifier, compute_dtype, load_classifier
     from stt.surgery import count_parameters, pad_sites
     from stt.trainers.classify import train
+    from util import ranks
     from util.clock import Clock
-    from util.files import writing
     from util.utils import RunFolder, peak_memory_bytes, pick_device, set_seed
 
     if not sys.stderr.isatty():
@@ -55,28 +55,32 @@ def main(args: ClassifierArgs) -> int:
     device, clock = pick_device(), Clock()
     set_seed(args.seed)
     mode = modes.find(args.mode, args.score)
-    run = RunFolder(Path(args.output_dir) / args.run_name, args.overwrite, args.resume)
-    step = resumed_step(run.path, args) if args.resume else 0
-    task = load_data(args)
-    reader = load_reader(args, task.modality)
-    autocast_dtype = compute_dtype(args.precision, device)
-    load = partial(load_classifier, args.model, Classes(task.modality, task.labels, args.seed, args.disable_dropout),
-                   device=device, pad_token_id=reader.pad_token_id if task.modality == "text" else None)
-    model = load(autocast_dtype)
-    encoder = encoder_of(reader, model, args.max_length)
-    judge = ClassifierJudge(load, task, encoder, args.eval_batch, autocast_dtype)
-    rows = encoder.rows(task.train)
-    check_classifier(model, encoder.batch([max((*rows, *judge.validation_rows, *judge.test_rows), key=encoder.length)]))
+    with ranks.together():
+        run = RunFolder(Path(args.output_dir) / args.run_name, args.overwrite, args.resume)
+        step = resumed_step(run.path, args) if args.resume else 0
+        task = load_data(args)
+        reader = load_reader(args, task.modality)
+        autocast_dtype = compute_dtype(args.precision, device)
+        classes = Classes(task.modality, task.labels, args.seed, args.disable_dropout)
+        load = partial(load_classifier, args.model, classes, device=device,
+                       pad_token_id=reader.pad_token_id if task.modality == "text" else None)
+        model = load(autocast_dtype)
+        encoder = encoder_of(reader, model, args.max_length)
+        judge = ClassifierJudge(load, task, encoder, args.eval_batch, autocast_dtype)
+        rows = encoder.rows(task.train)
+        longest = max((*rows, *judge.validation_rows, *judge.test_rows), key=encoder.length)
+        check_classifier(model, encoder.batch([longest]))
+        if mode.score:
+            modes.check_sites(model, args.partial, args.units)
     parameters = {"dense": count_parameters(model)["total"]}
 
     # ---------------------------------------------------------------- select
     selection, sites, flops = None, [], {}
     if mode.score:
-        modes.check_sites(model, args.partial, args.units)
         selection, sites, flops["selection"] = select(args, mode, model, judge, run.path, clock)
     run.start(asdict(args), wandb(args), step)
     if selection is not None:
-        selection.save(run.path / SELECTION)
+        ranks.on_first(lambda: selection.save(run.path / SELECTION))
     clock.add("training", run.seconds)
 
     # ---------------------------------------------------------------- then train
@@ -97,21 +101,21 @@ def main(args: ClassifierArgs) -> int:
         parameters |= {"kept": count_parameters(model)["total"], **kept_fractions(selection)}
         pad_sites(model, GPU_MULTIPLE if device.type == "cuda" else 1)
         measured = judge.test(model, run.path)
-        throughput = judge.throughput(model, is_sliced=selection is not None)
+        throughput = ranks.on_first(lambda: judge.throughput(model, is_sliced=selection is not None))
         if args.eval_restored:
             measured["accuracy"]["restored"] = judge.restored(model)
 
     # ---------------------------------------------------------------- ship and report
-    with writing(run.path / "checkpoint", "the last checkpoint is kept"):
-        ship(model, encoder, run.path / "checkpoint", selection is not None)
+    ranks.on_first(lambda: ship(model, encoder, run.path / "checkpoint", selection is not None))
     source = [] if args.source_task is None else [f"on {args.source_task}"]
     results = {
         "recipe": "train_classifier", **recipe.described(args, mode, task.name, device, *source), **measured,
         "parameters": parameters, "flops": flops, "throughput": throughput, "peak_memory_bytes": peak,
         "seconds": clock.seconds(), "sites": sites}
-    report.write_report(run.path, results)
-    run.finish(results)
-    print("\n".join([*report.summary_lines(results), f"report: {run.path / 'report.html'}"]))
+    if ranks.is_first():
+        report.write_report(run.path, results)
+        run.finish(results)
+        print("\n".join([*report.summary_lines(results), f"report: {run.path / 'report.html'}"]))
     return 0
 
 
@@ -156,7 +160,7 @@ def select(args: ClassifierArgs, mode: Mode, model: PreTrainedModel, judge: Clas
         task, ratio = source(args, task.modality), args.source_ratio or ratio
     rows = judge.encoder.rows(balanced_subset(task.train, ratio, len(task.labels), args.seed))
     check_classifier(model, judge.encoder.batch([max(rows, key=judge.encoder.length)]))
-    batches = [judge.encoder.batch(part) for part in judge.batches(rows)]
+    batches = recipe.batches_of(rows, args.eval_batch, judge.encoder.batch)
     with clock.lap("selection"):
         selection, sites = recipe.select(args, mode, model, batches, None, folder)
     methods, head_score = measured_for(["stt", mode.score], args.units)
@@ -198,15 +202,17 @@ def logged(run: RunFolder, task: LabelTask) -> object:
 
 def ship(model: PreTrainedModel, encoder: Encoder, folder: Path, is_sliced: bool) -> None:
     """The trained model and its tokenizer or image processor, for stt.load or plain from_pretrained; no value is
-    rounded."""
+    rounded. Raises TrainingFailed if it cannot be written."""
     from stt import checkpoint
     from stt.surgery import widest_dtype
+    from util.files import writing
 
-    if is_sliced:
-        checkpoint.save(model, folder, encoder.reader)
-    else:
-        model.to(widest_dtype(model.parameters())).save_pretrained(folder)
-        encoder.reader.save_pretrained(folder)
+    with writing(folder, "the last checkpoint is kept"):
+        if is_sliced:
+            checkpoint.save(model, folder, encoder.reader)
+        else:
+            model.to(widest_dtype(model.parameters())).save_pretrained(folder)
+            encoder.reader.save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ class ClassifierArgs(RunArgs):
     wd: Annotated[float, arg(aliases=("--weight_decay",))] = 0.01
     """weight decay of AdamW"""
     train_batch: Annotated[int | None, _open("train_batch", "INT", "--batch_size")] = None
-    """examples per forward pass"""
+    """examples per forward pass, of each process"""
     eval_batch: Annotated[int, arg(aliases=("--eval_batch_size",))] = 32
     """examples per batch wherever nothing is trained: evaluation, the selection pass, the measurement of speed"""
     num_epoch: Annotated[int | None, _open("num_epoch", "INT", "--num_epochs")] = None

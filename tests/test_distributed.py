@@ -98,6 +98,7 @@ def test_training_is_that_of_one_process(tmp_path: Path):
     before = [parameter.detach() for parameter in build_decoder(vocabulary=60).parameters()]
     whole = trained(tmp_path, 8, 1)
     assert max((one - other).abs().max() for one, other in zip(before, whole, strict=True)) > 1e-3
-    for found in in_two_processes(trained_on_half, tmp_path, str(tmp_path)):
-        for parameter, expected in zip(found, whole, strict=True):
-            torch.testing.assert_close(parameter, expected, rtol=0, atol=1e-6)
+    first, second = in_two_processes(trained_on_half, tmp_path, str(tmp_path))
+    for parameter, other, expected in zip(first, second, whole, strict=True):
+        assert torch.equal(parameter, other)
+        torch.testing.assert_close(parameter, expected, rtol=0, atol=1e-6)

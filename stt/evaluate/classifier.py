@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from stt.checkpoint import restore
@@ -23,6 +22,7 @@ from stt.evaluate.scoring import METRICS, by_class, confusion
 from stt.selecting import measure
 from stt.surgery import restore_forward
 from stt.trainers.classify import with_loss
+from util import ranks
 from util.torch_flops import by_length, flops_of, forward_flops, training_flops
 
 
@@ -51,15 +51,14 @@ class ClassifierJudge:
         return [rows[start:start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
 
     def outputs(self, model: PreTrainedModel, rows: Rows) -> Tensor:
-        """(N, C) float32 on the CPU, in the order of the rows."""
-        found = []
+        """(N, C) float32 on the CPU, in the order of the rows; several processes share the work."""
         with inference(model, self.autocast_dtype) as device:
-            for part in tqdm(self.batches(rows), desc=f"classifying {self.task.name}", unit="batch", leave=False,
-                             disable=None):
+            def of_part(part: Rows) -> Tensor:
                 batch = {name: value.to(device) for name, value in self.encoder.batch(part).items()}
                 batch.pop("labels")
-                found.append(model(**batch).logits.float().cpu())
-        return torch.cat(found)
+                return model(**batch).logits.float().cpu()
+
+            return torch.cat(ranks.shared_out(self.batches(rows), of_part, f"classifying {self.task.name}"))
 
     def predictions(self, outputs: Tensor) -> list[int] | list[float]:
         """Numbers of classes, or quantities."""
@@ -81,7 +80,8 @@ class ClassifierJudge:
         predictions = self.predictions(outputs)
         rows = [self._row(item, prediction, output) for item, prediction, output in
                 zip(items, predictions, outputs, strict=True)]
-        (folder / "outputs.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
+        if ranks.is_first():
+            (folder / "outputs.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
         found: dict[str, object] = {"main": self.task.metrics[0], "metrics": self.metrics(items, predictions)}
         if self.task.is_regression:
             return {**found, "accuracy": {"n": len(items)}}
