@@ -55,6 +55,7 @@ def main(args: ClassifierArgs) -> int:
     device, clock = pick_device(), Clock()
     set_seed(args.seed)
     mode = modes.find(args.mode, args.score)
+    recipe.check_can_shard(args, device)
     with ranks.together():
         run = RunFolder(Path(args.output_dir) / args.run_name, args.overwrite, args.resume)
         step = resumed_step(run.path, args) if args.resume else 0

@@ -172,6 +172,8 @@ class RunArgs:
     """test the epoch with the best validation accuracy instead of the last one"""
     eval_restored: bool = False
     """also test with the removed units put back after training"""
+    fsdp: bool = False
+    """shard weights, gradients and optimizer over the GPUs of torchrun's processes (docs/many_processes.md)"""
     run_name: str | None = None
     """folder under output_dir; None = made from model, task, mode, ratio, head and seed"""
     save_steps: int = 0
@@ -194,6 +196,9 @@ class RunArgs:
             raise InputError("resume continues a run and overwrite deletes it; give one of them.")
         if self.select_best and not self.eval_epochs:
             raise InputError("select_best compares the epochs' validation accuracies, so it needs eval_epochs.")
+        if self.fsdp and self.eval_epochs:
+            raise InputError("fsdp takes the model apart until the training ends, so nothing can be validated in "
+                             "between; give --no_eval_epochs.")
         if self.train_file is not None and (self.task or self.data_dir):
             given = "task" if self.task else "data_dir"
             raise InputError(f"train_file takes the place of a task and its data_dir, and {given} is given too; leave "

@@ -33,6 +33,16 @@ PARTS_OF_UPDATE = ("train_batch", "gradient_accumulation_steps")  # so may these
 Row = TypeVar("Row")
 
 
+def check_can_shard(args: RunArgs, device: torch.device) -> None:
+    """Raises InputError if a model is to be sharded where accelerate would silently train copies of it."""
+    if args.fsdp and device.type != "cuda":
+        raise InputError("fsdp shards a model over GPUs, and there is none here; leave it out: torchrun alone trains a "
+                         "copy in every process.")
+    if args.fsdp and ranks.world() == 1:
+        raise InputError("fsdp shards a model over several processes, and this is one; start with torchrun "
+                         "--nproc_per_node N, or leave it out.")
+
+
 def batches_of(rows: Sequence[Row], size: int, collate: Callable[[Sequence[Row]], Batch]) -> list[Batch]:
     """The batches that this process selects on: its share of all, of `size` rows or of so few that each process has
     one."""

@@ -11,6 +11,7 @@ from transformers.utils import ModelOutput
 from stt.dataset.classification.encode import Encoder
 from stt.surgery import override_forward, restore_forward
 from stt.trainers import loop
+from stt.trainers.shard import trainable
 
 # Shapes: B examples, C classes (1 for a quantity).
 
@@ -41,8 +42,9 @@ def train(model: nn.Module, encoder: Encoder, rows: Sequence[object], arguments:
           log: Callable[..., None], validate: Callable[[], float] | None = None, resume: bool = False,
           seconds_before: float = 0.0) -> TrainerState:
     """`loop.train` with `classification_loss`; afterwards the model's forward is its own again."""
-    with_loss(model)
-    try:
-        return loop.train(model, rows, encoder.batch, arguments, log, validate, resume, seconds_before)
-    finally:
-        restore_forward(model)
+    with trainable(model, arguments) as trained:
+        with_loss(trained)
+        try:
+            return loop.train(trained, rows, encoder.batch, arguments, log, validate, resume, seconds_before)
+        finally:
+            restore_forward(trained)

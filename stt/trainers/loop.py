@@ -24,7 +24,7 @@ from transformers.trainer_utils import unwrap_peft_model
 from stt import stopping
 from stt.arguments import RunArgs
 from stt.errors import InputError, TrainingFailed
-from stt.trainers import checkpoints, memory
+from stt.trainers import checkpoints, memory, shard
 from stt.trainers.callbacks import Bar, Record, Saving, any_rank, ends_epoch, failure, last_good
 from util import ranks
 from util.files import writing
@@ -234,7 +234,8 @@ def training_arguments(args: RunArgs, folder: Path, device: torch.device,
         eval_strategy="epoch" if args.eval_epochs else "no", save_strategy="epoch", save_steps=args.save_steps,
         save_total_limit=2, load_best_model_at_end=args.select_best,
         metric_for_best_model="accuracy" if args.select_best else None, remove_unused_columns=False,
-        label_names=["labels"], dataloader_pin_memory=device.type == "cuda", disable_tqdm=not sys.stderr.isatty())
+        label_names=["labels"], dataloader_pin_memory=device.type == "cuda", disable_tqdm=not sys.stderr.isatty(),
+        fsdp=args.fsdp or None, fsdp_config=dict(shard.CONFIG) if args.fsdp else None)
 
 
 def train(model: nn.Module, rows: Sequence[object], collate: Callable[[Sequence[object]], dict[str, Tensor]],

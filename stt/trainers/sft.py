@@ -12,6 +12,7 @@ from stt.loss import Teach, chunked_loss
 from stt.packing import Packing
 from stt.surgery import restore_forward
 from stt.trainers import loop
+from stt.trainers.shard import trainable
 
 # Shapes: B examples, T tokens.
 
@@ -36,9 +37,10 @@ def train(model: nn.Module, encoded: Sequence[Encoded], pad_id: int, arguments: 
     """`loop.train` with the loss of `chunked_loss`, over the labelled tokens of the whole accumulated batch; afterwards
     the model's forward is its own again. `packing` lets the examples of a batch share rows, `teach` changes the loss.
     Raises what loop.train raises, and InputError for a model without such a loss."""
-    chunked_loss(model, teach)
     batches = collate(pad_id) if packing is None else packing.collate(pad_id)
-    try:
-        return loop.train(model, encoded, batches, arguments, log, validate, resume, seconds_before)
-    finally:
-        restore_forward(unwrap_peft_model(model))
+    with trainable(model, arguments) as trained:
+        chunked_loss(trained, teach)
+        try:
+            return loop.train(trained, encoded, batches, arguments, log, validate, resume, seconds_before)
+        finally:
+            restore_forward(unwrap_peft_model(trained))
