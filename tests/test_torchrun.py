@@ -6,14 +6,17 @@ import io
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
+import classifying
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -28,6 +31,7 @@ from stt.errors import InputError, TrainingFailed
 from stt.llm_arguments import LLMArgs
 from stt.selection import Selection
 from stt.sites import find_sites
+from stt.trainers.checkpoints import fault, in_order, step_of
 from stt.trainers.loop import check_same_selection
 from util import ranks
 
@@ -37,10 +41,13 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 def torchrun(small: list[str], folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     """train_llm.py in two processes of two examples each, in folder/run."""
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
-         CHECKOUT / "train_llm.py", *small, "--train_batch", "2", *FLAGS, "--output_dir", folder, "--run_name", "run",
-         *flags], capture_output=True, text=True, env=ENVIRONMENT, timeout=280)
+    return subprocess.run(command("train_llm.py", small, folder, "2", *flags), capture_output=True, text=True,
+                          env=ENVIRONMENT, timeout=280)
+
+
+def command(script: str, data: list[str], folder: Path, batch: str, *flags: str) -> list[str | Path]:
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", CHECKOUT / script,
+            *data, "--train_batch", batch, *FLAGS, "--output_dir", folder, "--run_name", "run", *flags]
 
 
 def rows(folder: Path) -> list[dict[str, float]]:
@@ -133,6 +140,41 @@ def test_bad_input_ends_every_process_with_one_sentence(flags, small, tmp_path):
     assert done.stderr.count("error: ") == 1
     assert done.stderr.count("exitcode  : 2") == 2
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both_after_the_same_step(small, tmp_path):
+    with subprocess.Popen(command("train_llm.py", small, tmp_path, "2", "--num_epoch", "400", "--no_eval_epochs"),
+                          env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as started:
+        while not ((tmp_path / "run" / "metrics.jsonl").exists() and len(rows(tmp_path)) > 3):
+            time.sleep(0.05)
+        children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+        workers = [int(pid) for pid in children if "train_llm" in Path(f"/proc/{pid}/cmdline").read_text()]
+        assert len(workers) == 2
+        os.kill(workers[1], signal.SIGUSR1)
+        stderr = started.communicate(timeout=120)[1]
+    assert stderr.count("exitcode  : 75") == 2, stderr
+    assert stderr.count("stopped by another process: the same command with --resume goes on") == 1
+    assert (tmp_path / "run" / "STOPPED").is_file()
+    newest = in_order(tmp_path / "run")[-1]
+    assert fault(newest) is None
+    assert step_of(newest) == rows(tmp_path)[-1]["step"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", ["vit", "bert"])
+def test_classifiers_too(build, tmp_path):
+    small = classifying.small_pictures if build == "vit" else classifying.small_texts
+    data = [*small(tmp_path), "--model", str(classifying.build(build, tmp_path)), "--disable_dropout", "--train_size",
+            "16"]  # whole updates of eight
+    assert classifying.run(data, tmp_path / "one", *FLAGS) == 0
+    subprocess.run(command("train_classifier.py", data, tmp_path / "two", "4"), check=True, env=ENVIRONMENT)
+    for row, other in zip(rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True):
+        assert row == pytest.approx(other | {"seconds": row["seconds"]}, rel=1e-5)
+    one, two = (Selection.load(tmp_path / name / "run" / recipe.SELECTION) for name in ("one", "two"))
+    assert one == two
+    check_weights(tmp_path / "two/run/checkpoint", tmp_path / "one/run/checkpoint")
+    assert classifying.results(tmp_path / "two")["metrics"] == classifying.results(tmp_path / "one")["metrics"]
 
 
 # ---------------------------------------------------------------- what the processes agree on
