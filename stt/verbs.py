@@ -1,5 +1,5 @@
-"""The command `stt VERB ...`: reports, what a model's sites are, and export. Nothing heavy is imported before a verb
-runs, so that `stt --help` answers at once."""
+"""The command `stt VERB ...`: reports, what a model's sites are, export, sweeps. Nothing heavy is imported before a
+verb runs, so that `stt --help` answers at once."""
 from __future__ import annotations
 
 import itertools
@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from stt.arguments import resolve_model
+from stt.arguments import Precision, check_choices, check_ranges, resolve_model
 from stt.cli import run
 from stt.errors import InputError, unknown_name
 from stt.plan_arguments import PlanArgs
@@ -36,7 +36,7 @@ class ReportArgs:
 
 @dataclass(frozen=True)
 class SitesArgs:
-    """Show the feed-forward sites of a model, and what was looked at and left out."""
+    """Show the sites of a model, of neurons and of attention heads, and what was looked at and left out."""
 
     model: Annotated[str, Positional, arg(metavar="MODEL")]
     """folder, hub id or alias"""
@@ -68,6 +68,65 @@ class ExportArgs:
         if self.runtime is not None and self.to == "dense":
             raise InputError(f"--for {self.runtime} is about the width of a narrow model, and --to dense writes the "
                              "original width; leave one of them out.")
+
+
+@dataclass(frozen=True)
+class SweepArgs:
+    """Run all runs of a grid file on this machine, or show where they stand."""
+
+    action: Annotated[Literal["run", "count", "status", "table"], Positional, arg(metavar="run|count|status|table")]
+    """run what is not done; count: the range of an array job; status; table: also as table.csv and table.png"""
+    grid: Annotated[str, Positional, arg(metavar="GRID")]
+    """the grid file (docs/sweeps.md)"""
+    jobs: int = 1
+    """run: how many runs at a time"""
+    retry_failed: bool = False
+    """run: also what failed before"""
+    metric: tuple[str, ...] = ("accuracy.test",)
+    """table: numbers in results.json, by dotted name; the first is drawn"""
+    axis: str | None = None
+    """table: the flag to draw along; None = the first axis of numbers"""
+    out: str | None = None
+    """table: folder for table.md, .csv and .png; None = the folder of the runs"""
+
+    def __post_init__(self) -> None:
+        if self.jobs < 1:
+            raise InputError(f"jobs must be 1 or more, got {self.jobs}")
+        if not self.metric:
+            raise InputError("metric needs a name, such as accuracy.test")
+        owners = {"jobs": "run", "retry_failed": "run", "metric": "table", "axis": "table", "out": "table"}
+        for name, owner in owners.items():
+            if self.action != owner and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise InputError(f"{name} is about `stt sweep {owner}`, not `stt sweep {self.action}`; leave it out.")
+
+
+@dataclass(frozen=True)
+class EvalArgs:
+    """Measure a model on standard benchmarks, by lm-evaluation-harness."""
+
+    run: Annotated[str, Positional, arg(metavar="RUN")]
+    """run folder, folder of a model (sliced or not), or hub id"""
+    harness: Annotated[tuple[str, ...], arg(metavar="TASK ...")]
+    """names of its tasks, as in --harness arc_easy hellaswag; `*` and `?` match several"""
+    include: str | None = None
+    """folder with task files (YAML) of your own"""
+    shots: int | None = None
+    """examples before each question; None = as the task says"""
+    limit: int | None = None
+    """questions of each task; None = all"""
+    eval_batch: int = 8
+    """examples per batch"""
+    precision: Precision = "auto"
+    """compute type; auto = bf16 on a GPU that has it, else fp32"""
+    out: str | None = None
+    """file for the numbers; None = harness.json in RUN"""
+
+    def __post_init__(self) -> None:
+        check_choices(self, {"precision": Precision})
+        check_ranges(self, ((("eval_batch", "limit"), lambda x: x >= 1, "1 or more"),
+                            (("shots",), lambda x: x >= 0, "0 or more")))
+        if not self.harness:
+            raise InputError("no task given; name those of lm-evaluation-harness, as in --harness arc_easy.")
 
 
 def report(args: ReportArgs) -> None:
@@ -109,6 +168,15 @@ def export(args: ExportArgs) -> None:
     sys.stdout.write(f"{args.out}\n")
 
 
+def evaluate(args: EvalArgs) -> None:
+    """`stt eval`"""
+    from stt.harness import evaluate_folder
+
+    table, path = evaluate_folder(resolve_model(args.run), args.harness, args.include, args.shots, args.limit,
+                                  args.eval_batch, args.precision, args.out)
+    sys.stdout.write(f"{table}\n{path}\n")
+
+
 def plan(args: PlanArgs) -> None:
     """`stt plan`"""
     from stt.plan import planned
@@ -118,8 +186,28 @@ def plan(args: PlanArgs) -> None:
     sys.stdout.write(json.dumps(found, indent=2) + "\n" if args.json else table(found))
 
 
-VERBS: dict[str, tuple[Callable[..., None], type]] = {"report": (report, ReportArgs), "sites": (sites, SitesArgs),
-                                                      "export": (export, ExportArgs), "plan": (plan, PlanArgs)}
+def sweep(args: SweepArgs) -> int:
+    """`stt sweep`"""
+    from util.grid import read_grid
+
+    grid = read_grid(args.grid)
+    if args.action == "run":
+        from util.sweep_local import run_all
+
+        return run_all(grid, args.jobs, args.retry_failed)
+    from util import sweep_table
+
+    if args.action == "table":
+        text = sweep_table.write_table(grid, args.metric, args.axis, Path(args.out) if args.out else None)
+    else:
+        text = grid.array_range if args.action == "count" else sweep_table.status(grid)
+    sys.stdout.write(f"{text}\n")
+    return 0
+
+
+VERBS: dict[str, tuple[Callable[..., int | None], type]] = {
+    "report": (report, ReportArgs), "sites": (sites, SitesArgs), "export": (export, ExportArgs),
+    "eval": (evaluate, EvalArgs), "plan": (plan, PlanArgs), "sweep": (sweep, SweepArgs)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -141,15 +229,21 @@ def _usage() -> str:
 
 
 def _site_table(found: Mapping[str, object]) -> str:
-    """`found` as stt.sites.describe makes it. The experts of one stack are one row."""
+    """`found` as stt.sites.describe makes it. The experts of one stack are one row; the width of an attention is its
+    units (key/value heads) x the query heads of each."""
     header = ("site", "form", "kind", "width", "members")
     stacks = [list(sites) for _, sites in itertools.groupby(found["sites"], key=lambda site: site["group"])]
     rows = [(sites[0]["name"] + (f" ... {sites[-1]['name'].rpartition('.')[2]}" if len(sites) > 1 else ""),
-             sites[0]["form"], sites[0]["kind"], str(sites[0]["width"]), ", ".join(sites[0]["members"]))
+             sites[0]["form"], sites[0]["kind"], _width(sites[0]), ", ".join(sites[0]["members"]))
             for sites in stacks]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
              for row in (header, *rows)]
-    lines += [f"{'lost' if entry['is_loss'] else 'left out'}  {entry['name']}: {entry['reason']}"
+    lines += [f"{entry['units']} {'lost' if entry['is_loss'] else 'left out'}  {entry['name']}: {entry['reason']}"
               for entry in found["left_out"]]
     return "\n".join(lines)
+
+
+def _width(site: Mapping[str, object]) -> str:
+    """Neurons, or units times the query heads of each."""
+    return f"{site['width']} x {site['heads']}" if site["units"] == "heads" else str(site["width"])

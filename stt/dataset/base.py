@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from stt.dataset.chat import cut_left, end_id, render
 from stt.errors import InputError
+from stt.words import lost
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,6 +23,7 @@ VALIDATION_SHARE = 0.1   # of train, when the data has no validation split
 SPLIT_FILES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 
 Item = TypeVar("Item")   # an example, or what becomes one (stt/dataset/own.py)
+SomeData = TypeVar("SomeData", bound="Data")
 Row = Mapping[str, object]
 Encoded = dict[str, list[int]]  # input_ids and labels (IGNORED: not trained on) of what is read at once
 Splits = dict[str, list[tuple[str, Row]]]  # split -> (where the row stands, the row); "where" begins every complaint
@@ -29,11 +31,12 @@ Splits = dict[str, list[tuple[str, Row]]]  # split -> (where the row stands, the
 
 class Tokens(NamedTuple):
     """An example as token ids: what is trained on (a conversation may take several rows), what an answer is generated
-    from, and whether one of the rows lost the beginning of its prompt."""
+    from, whether a prompt lost its beginning, and how many answers are left out because they do not fit."""
 
     rows: list[Encoded]
     prompt: list[int]
     was_cut: bool
+    n_lost: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,16 +51,23 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Task(Generic[Item]):
-    """A task's data, and how a label is read out of a response (None: the response names no label)."""
+class Data(Generic[Item]):
+    """The three splits of a task."""
 
     name: str
     train: list[Item]
     validation: list[Item]
     test: list[Item]
+
+
+@dataclass(frozen=True)
+class Task(Data[Item]):
+    """A task's data, and how a label is read out of a response (None: the response names no label)."""
+
     extract: Callable[[str, Example], str | None]
     max_new_tokens: int
     stop_ids: tuple[int, ...] = ()  # tokens that end an answer, besides the tokenizer's end token
+    left_out: Mapping[str, int] = field(default_factory=dict)  # split -> examples of which no answer fits max_length
 
 
 def make_example(prompt: str, label: str, choices: Sequence[str], where: str) -> Example:
@@ -99,6 +109,21 @@ def encode_all(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, 
     if n_truncated:
         logger.warning("%d of %d prompts are cut on the left to fit %d tokens", n_truncated, len(encoded), max_length)
     return [row for tokens in encoded for row in tokens.rows], n_truncated
+
+
+def truncation(task: Task[Example], tokenizer: PreTrainedTokenizerBase, max_length: int,
+               chat: bool = False) -> dict[str, dict[str, int]]:
+    """What `max_length` takes away, by split: `examples` that stay, how many of them lost the beginning of a prompt
+    (`prompts_cut`), `answers_left_out` of them, and `examples_left_out` because none of their answers fits. No answer
+    is ever cut. Says in the log what is lost."""
+    found = {}
+    for split in SPLIT_FILES:
+        encoded = [_tokens(example, tokenizer, max_length, chat) for example in getattr(task, split)]
+        found[split] = {"examples": len(encoded), "prompts_cut": sum(tokens.was_cut for tokens in encoded),
+                        "answers_left_out": sum(tokens.n_lost for tokens in encoded),
+                        "examples_left_out": task.left_out.get(split, 0)}
+    logger.info("to fit max_length %d: %s", max_length, lost(found))
+    return found
 
 
 def labelled(prompt: list[int], answer: list[int]) -> Encoded:
@@ -175,7 +200,7 @@ def selection_subset(examples: Sequence[Example], ratio: float, seed: int) -> li
     return split_off(examples, max(1, round(ratio * len(examples))), seed)[0]
 
 
-def dev_split(task: Task[Item], fraction: float, seed: int) -> Task[Item]:
+def dev_split(task: SomeData, fraction: float, seed: int) -> SomeData:
     """The task with a random `fraction` of train as its test set (`--dev_mode`): the real test set is not in it."""
     if not 0 < fraction < 1:
         raise InputError(f"the part of train held out by --dev_mode must be in (0, 1), got {fraction}.")
@@ -187,7 +212,7 @@ def dev_split(task: Task[Item], fraction: float, seed: int) -> Task[Item]:
     return replace(task, train=train, test=test)
 
 
-def limit(task: Task[Item], train_size: int, seed: int) -> Task[Item]:
+def limit(task: SomeData, train_size: int, seed: int) -> SomeData:
     """The task with `train_size` random training examples; 0 = all. A bigger size only adds to a smaller one."""
     if train_size < 0:
         raise InputError(f"train_size must be 0 (all) or more, got {train_size}.")
