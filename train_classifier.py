@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 def main(args: ClassifierArgs) -> int:
     """One run, from the flags to the report; 0. Raises InputError before anything is written, TrainingFailed later."""
+    args = resolved(args)
+    if recipe.is_finished(Path(args.output_dir) / args.run_name, args):
+        return 0
     import transformers
 
     from stt import modes, report
@@ -42,13 +45,14 @@ def main(args: ClassifierArgs) -> int:
     from stt.surgery import count_parameters, pad_sites
     from stt.trainers.classify import train
     from util.clock import Clock
+    from util.files import writing
     from util.utils import RunFolder, peak_memory_bytes, pick_device, set_seed
 
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
 
     # ---------------------------------------------------------------- everything that can be wrong, before any write
-    args, device, clock = resolved(args), pick_device(), Clock()
+    device, clock = pick_device(), Clock()
     set_seed(args.seed)
     mode = modes.find(args.mode, args.score)
     run = RunFolder(Path(args.output_dir) / args.run_name, args.overwrite, args.resume)
@@ -98,7 +102,8 @@ def main(args: ClassifierArgs) -> int:
             measured["accuracy"]["restored"] = judge.restored(model)
 
     # ---------------------------------------------------------------- ship and report
-    ship(model, encoder, run.path / "checkpoint", selection is not None)
+    with writing(run.path / "checkpoint", "the last checkpoint is kept"):
+        ship(model, encoder, run.path / "checkpoint", selection is not None)
     source = [] if args.source_task is None else [f"on {args.source_task}"]
     results = {
         "recipe": "train_classifier", **recipe.described(args, mode, task.name, device, *source), **measured,

@@ -166,7 +166,7 @@ def _refusal(path: Path, overwrite: bool, resume: bool) -> str | None:
     for place in (path, *path.parents):
         if place.exists() and not place.is_dir():
             return f"{place} is a file, so {path} cannot be a run folder; choose another folder."
-    if not path.is_dir() or not any(path.iterdir()):
+    if not path.is_dir() or all(inside.name.endswith(".part") for inside in path.iterdir()):  # killed while starting
         return None
     if not (path / "args.json").is_file():
         return f"{path} holds files that no run of ours wrote; choose another folder."

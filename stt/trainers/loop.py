@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -258,7 +259,7 @@ def train(model: nn.Module, rows: Sequence[object], collate: Callable[[Sequence[
             trainer.add_callback(TakeUp(trainer, checkpoint))
         if arguments.should_save:
             checkpoints.clear(trainer.folder)
-        with stopping.deferred(), logging_redirect_tqdm():
+        with stopping.deferred(), logging_redirect_tqdm(), own_names(model):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except pickle.UnpicklingError as error:  # from torch.load, which Trainer allows tensors and plain values only
         raise InputError(f"{checkpoint} holds more than numbers and was not written by us: start again with "
@@ -287,6 +288,20 @@ def digest_of_selection(model: nn.Module) -> str | None:
     for site, ids in sorted(selection.items()):
         digest.update(json.dumps([site, ids.tolist()]).encode())
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def own_names(model: nn.Module) -> Iterator[None]:
+    """Checkpoints hold the parameters by the names the model has: save_pretrained writes some (ViT's, a mixture's
+    experts) as older releases had them, and Trainer, which loads without from_pretrained, would know none of those."""
+    before = model.__dict__.get("save_pretrained")  # a sliced model has its own
+    model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
+    try:
+        yield
+    finally:
+        del model.save_pretrained
+        if before is not None:
+            model.save_pretrained = before
 
 
 def wait_for_all() -> None:
