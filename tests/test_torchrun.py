@@ -31,6 +31,7 @@ from stt.errors import InputError, TrainingFailed
 from stt.llm_arguments import LLMArgs
 from stt.selection import Selection
 from stt.sites import find_sites
+from stt.trainers.callbacks import any_rank
 from stt.trainers.checkpoints import fault, in_order, step_of
 from stt.trainers.loop import check_same_selection
 from util import ranks
@@ -62,7 +63,9 @@ def check_same_run(found: Path, expected: Path) -> None:
         assert mine[name] == theirs[name]
     assert mine["answer_loss"] == pytest.approx(theirs["answer_loss"], rel=1e-5)
     assert mine["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-5)
-    assert Selection.load(found / "run" / recipe.SELECTION) == Selection.load(expected / "run" / recipe.SELECTION)
+    chosen, other = (Selection.load(folder / "run" / recipe.SELECTION) for folder in (found, expected))
+    assert chosen == other
+    assert chosen.meta["calibration"] == other.meta["calibration"]  # digest and number of the examples, tokens
     assert (found / "run/outputs.json").read_text() == (expected / "run/outputs.json").read_text()
     check_weights(found / "run/checkpoint", expected / "run/checkpoint")
 
@@ -250,6 +253,7 @@ def agreed(rank: int) -> dict[str, object]:
         "nobody fails": raised(lambda: together_if(False)),
         "same": raised(lambda: check_same_selection(sliced_by(0))),
         "different": raised(lambda: check_same_selection(sliced_by(rank))),
+        "any": [any_rank(rank == 1, torch.device("cpu")), any_rank(False, torch.device("cpu"))],
         "sink": type(recipe.wandb(args)).__name__ if rank else "not asked",
         "all end": said(lambda _: fail_if(True, InputError("no such task"))),
         "one ends": said(lambda _: fail_if(rank == 1, InputError("no such node")) and 0),
@@ -264,6 +268,7 @@ def test_what_processes_agree_on(tmp_path):
         [[[4, 5, 6, 7], [12, 13, 14, 15]], [[2, 3]], [[1]]])
     assert second["sink"] == "NoSink"
     for found in (first, second):
+        assert found["any"] == [True, False]
         assert found["gathered"] == ["of 0", "of 1"]
         assert found["broadcast"] == found["on first"] == "of 0"
         assert found["shared out"] == [(1, 0), (2, 1), (3, 0)]
