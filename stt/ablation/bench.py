@@ -1,0 +1,121 @@
+"""One cell from the dense model to its row, and the selections an ablation compares; the same for every recipe."""
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from stt import modes
+from stt.ablation.arms import Arm
+from stt.ablation.cells import Cell, Row, packed
+from stt.arguments import RunArgs
+from stt.batches import Batch
+from stt.recipe import kept_fraction
+from stt.selecting import Budget
+from stt.selection import Selection
+from stt.surgery import count_parameters
+from util.utils import set_seed
+
+
+class Bench(Protocol):
+    """What differs between the recipes: the model, its data, its loss and what is right."""
+
+    args: RunArgs
+    tokenizer: PreTrainedTokenizerBase | None
+    select_on: str  # the part of an example that a selection looks at
+
+    def load(self, seed: int) -> PreTrainedModel:
+        """The dense model."""
+
+    def batches(self, ratio: float | None, seed: int, from_source: bool) -> Sequence[Batch]:
+        """What a selection looks at; None: as much as the flags say."""
+
+    def arguments(self, args: RunArgs, folder: Path) -> TrainingArguments:
+        """What Trainer is told; nothing is saved or evaluated on the way."""
+
+    def train(self, model: PreTrainedModel, arguments: TrainingArguments) -> None:
+        """Train what requires gradients."""
+
+    def correct(self, model: PreTrainedModel, split: str) -> list[bool]:
+        """Whether each "validation" or "test" item is answered rightly."""
+
+    def more(self, model: PreTrainedModel) -> dict[str, float]:
+        """Further numbers of a trained model."""
+
+
+def run(bench: Bench, cell: Cell) -> Row:
+    """The row of a cell: trained, and measured on the validation data if it is a trial, else on the test data."""
+    args, arm, started = replace(bench.args, lr=cell.lr, seed=cell.seed), cell.arm, time.perf_counter()
+    set_seed(args.seed)
+    model, selection, row = bench.load(args.seed), None, {}
+    if arm.is_cut_after:
+        _prepare(args, modes.MODES["baseline"], model, None)
+        _train(bench, args, model)
+        args = replace(args, lr=args.recovery_lr, num_epoch=1, train_batch=max(1, args.train_batch // 2),
+                       gradient_accumulation_steps=2 * args.gradient_accumulation_steps)
+    if arm.cuts:
+        selection = select(bench, arm, model, args.seed)
+    _prepare(args, arm.mode, model, selection, arm.tune_attn)
+    if arm.is_cut_after and not cell.is_trial:
+        row["accuracy_cut"] = _share(bench.correct(model, "test"))
+    counts = count_parameters(model)
+    _train(bench, args, model)
+    modes.merge_adapters(model)
+    correct = bench.correct(model, "validation" if cell.is_trial else "test")
+    row |= {"accuracy": _share(correct), "n": len(correct)}
+    if not cell.is_trial:
+        row |= {"correct": packed(correct), "kept": kept_fraction(selection), "trained": counts["trained"],
+                "trained_without_head": counts["trained_without_head"], **bench.more(model)}
+    return row | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def select(bench: Bench, arm: Arm, model: PreTrainedModel, seed: int) -> Selection:
+    """What the arm keeps of the model: as many units of every site as STT does on the run's own data."""
+    args = bench.args
+    size = Budget(args.topk_ratio, args.keep_ratio if arm.keep_ratio is None else arm.keep_ratio, width=args.width,
+                  multiple_of=args.multiple_of)
+
+    def chosen(mode: modes.Mode, size: Budget, batches: Sequence[Batch], threshold: float,
+               compensate: str) -> Selection:
+        return modes.select_units(mode, model, batches, bench.tokenizer, size, threshold, seed, args.count_padding,
+                                  bench.select_on, compensate, args.min_tokens)[0]
+
+    if arm.own_data:
+        usual = chosen(modes.MODES["stt"], size, bench.batches(None, seed, False), args.active_threshold, "none")
+        size = replace(size, keep_ratio=None, counts={site: len(ids) for site, ids in usual.items()})
+    threshold = args.active_threshold if arm.threshold is None else arm.threshold
+    batches = bench.batches(arm.sample_ratio, seed, arm.from_source)
+    return chosen(arm.mode, size, batches, threshold, args.compensate or "none")
+
+
+def overlaps(bench: Bench, arms: Sequence[Arm], seed: int) -> dict[str, Selection]:
+    """The selection of every arm that cuts the dense model (those that train it first cut another one)."""
+    cutting = [arm for arm in arms if arm.cuts and not arm.is_cut_after]
+    model = bench.load(seed) if cutting else None
+    return {arm.label: select(bench, arm, model, seed) for arm in cutting}
+
+
+def mean_over_sites(by_site: Mapping[str, float]) -> float:
+    """The mean of a number per site."""
+    return sum(by_site.values()) / len(by_site)
+
+
+def _prepare(args: RunArgs, mode: modes.Mode, model: PreTrainedModel, selection: Selection | None,
+             tune_attn: bool = False) -> None:
+    lora = modes.Lora(args.lora_r, args.lora_alpha, args.lora_dropout)
+    modes.prepare(mode, model, selection, lora, args.head, tune_attn)
+
+
+def _train(bench: Bench, args: RunArgs, model: PreTrainedModel) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = bench.arguments(args, Path(folder))
+        bench.train(model, replace(arguments, save_strategy="no", eval_strategy="no"))
+
+
+def _share(correct: Sequence[bool]) -> float:
+    return sum(correct) / len(correct)
