@@ -23,3 +23,18 @@ DATA_SETS = {
     "arc-c": DataSource(DATASETS_FOLDER / "arc-c", "allenai/ai2_arc", "ARC-Challenge"),
     "obqa": DataSource(DATASETS_FOLDER / "obqa", "allenai/openbookqa", "main"),
 }
+
+# of train_classifier.py; "digits" comes with scikit-learn and needs no row
+CLASSIFICATION_DATA_SETS = {
+    "clutrr": DATA_SETS["clutrr"],
+    **{name: DataSource(DATASETS_FOLDER / name, "nyu-mll/glue", name)
+       for name in ("mrpc", "qnli", "sst2", "cola", "rte", "stsb", "qqp")},
+    "agnews": DataSource(DATASETS_FOLDER / "agnews", "fancyzhx/ag_news"),
+    "imdb": DataSource(DATASETS_FOLDER / "imdb", "stanfordnlp/imdb"),
+    "clevr_count": DataSource(DATASETS_FOLDER / "clevr_count", "clip-benchmark/wds_vtab-clevr_count_all"),
+    "eurosat": DataSource(DATASETS_FOLDER / "eurosat", "blanchon/EuroSAT_RGB"),
+    "gtsrb": DataSource(DATASETS_FOLDER / "gtsrb", "tanganke/gtsrb"),
+    "cifar10": DataSource(DATASETS_FOLDER / "cifar10", "uoft-cs/cifar10"),
+    "cifar100": DataSource(DATASETS_FOLDER / "cifar100", "uoft-cs/cifar100"),
+    "mnist": DataSource(DATASETS_FOLDER / "mnist", "ylecun/mnist"),
+}

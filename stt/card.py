@@ -116,6 +116,8 @@ def _results_table(results: Mapping[str, object]) -> str:
     rows = [("task", f"{results.get('task', '–')}"), ("mode", f"{results.get('mode', '–')}"),
             *((f"accuracy, {name}", percent(accuracy[name])) for name in ("test", "validation", "majority")
               if accuracy.get(name) is not None),
+            *((name.replace("_", " "), decimal(value)) for name, value in results.get("metrics", {}).items()
+              if name != "accuracy"),
             *((f"perplexity, {name}", decimal(value)) for name, value in perplexity.items())]
     return _section("Results of the run", [("", ""), *rows]) + \
         "\nMeasured when the run ended: what was trained later is not in them.\n"

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
@@ -39,8 +40,10 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 WEIGHTS = "model.safetensors"
 
 
-def save(model: PreTrainedModel, directory: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> Path:
-    """Write a sliced model; the folder. Every parameter keeps its dtype; padding is left out.
+def save(model: PreTrainedModel, directory: str | Path,
+         tokenizer: PreTrainedTokenizerBase | BaseImageProcessor | None = None) -> Path:
+    """Write a sliced model, with its tokenizer or image processor; the folder. Every parameter keeps its dtype; padding
+    is left out.
 
     Written beside and renamed, so never half there. Raises InputError, before anything is written, for a model that is
     not sliced or carries adapters, and for a folder that holds anything but a sliced checkpoint.

@@ -64,7 +64,7 @@ def read_args(cls: type[Args], argv: Sequence[str] | None = None, prog: str | No
     if _has_defaults(cls):
         description += "\n\n--config FILE reads flags from a YAML file first; the command line overrides it."
         path, argv = _take_config(argv)
-        default = {"default": cls(**_read_config(path, cls))} if path else {}
+        default = {"default": cls(**typed_values(load_yaml(path, "config file"), cls, path))} if path else {}
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -181,31 +181,31 @@ def _take_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     return path, others
 
 
-def _read_config(path: str, cls: type) -> dict[str, object]:
-    """Field name -> value, from the YAML mapping in the file."""
-    given = _load_yaml(path)
+def typed_values(given: object, cls: type, where: str) -> dict[str, object]:
+    """Field name -> value, from texts under any spelling of the flags. `where` they stand, for the InputError."""
     if not isinstance(given, Mapping):
-        raise InputError(f"{path} must hold one `flag: value` per line, got {given!r:.60}")
+        raise InputError(f"{where} must hold one `flag: value` per line, got {given!r:.60}")
     kinds, spellings, values = _kinds(cls), _spellings(cls), {}
     for key, text in given.items():
         name = spellings.get(_underscored(key))
         if name is None:
-            raise unknown_name(f"flag in {path}:", key, kinds)
+            raise unknown_name(f"flag in {where}:", key, kinds)
         if name in values:
-            raise InputError(f"{path} gives {name} twice, the second time as {key!r}; keep one.")
+            raise InputError(f"{where} gives {name} twice, the second time as {key!r}; keep one.")
         if not isinstance(text, str):
-            raise InputError(f"{path}: {key} must be one value, got a {type(text).__name__}")
-        values[name] = _value(text, kinds[name], f"{path}: {key}")
+            raise InputError(f"{where}: {key} must be one value, got a {type(text).__name__}")
+        values[name] = _value(text, kinds[name], f"{where}: {key}")
     return values
 
 
-def _load_yaml(path: str) -> object:
+def load_yaml(path: str, kind: str) -> object:
+    """What the file holds, every scalar as text. Raises InputError if there is no such file or it cannot be read."""
     if not Path(path).is_file():
-        raise InputError(f"no config file {path!r}; give the path of a YAML file with one `flag: value` per line.")
+        raise InputError(f"no {kind} {path!r}; give the path of a YAML file.")
     try:
         with open(path, encoding="utf-8") as file:
             return yaml.load(file, Loader=_TextLoader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not a YAML file we can read: {error}") from None
 
 

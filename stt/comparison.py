@@ -36,6 +36,10 @@ class Row:
         found = [_at(run.results, *keys) for run in self.of(head)]
         return [value for value in found if value is not None]
 
+    def measured(self, head: str) -> list[float]:
+        """What every run with this head policy is compared by."""
+        return [measured(run.results) for run in self.of(head)]
+
 
 def compare(run_dirs: Sequence[str | Path], figure: str | Path | None = None) -> str:
     """Markdown tables of the runs, seeds of one configuration in one row (mean ± standard deviation over the seeds).
@@ -60,6 +64,16 @@ def compare(run_dirs: Sequence[str | Path], figure: str | Path | None = None) ->
 def split_name(results: Mapping[str, object]) -> str:
     """What the accuracy was measured on: the test data, or what --dev_mode held out of the training data."""
     return "held-out" if results.get("dev_mode") else "test"
+
+
+def main_metric(results: Mapping[str, object]) -> str:
+    """The name of the number that runs are compared by."""
+    return results.get("main", "accuracy")
+
+
+def measured(results: Mapping[str, object]) -> float:
+    """That number, on the test data."""
+    return results["metrics"][results["main"]] if "main" in results else results["accuracy"]["test"]
 
 
 def _title(run: Run) -> str:
@@ -104,7 +118,7 @@ def _labels(rows: Sequence[Row]) -> list[str]:
 
 def _bars(rows: Sequence[Row], head: str) -> tuple[list[plots.Bar], float | None]:
     """A bar for every row that has runs with this head policy, and the majority class's accuracy (None: free text)."""
-    bars = [plots.Bar(label, str(row.configuration["mode"]), tuple(row.numbers(head, "accuracy", "test")),
+    bars = [plots.Bar(label, str(row.configuration["mode"]), tuple(row.measured(head)),
                       tuple(value / 1e6 for value in row.numbers(head, "parameters", "trained")))
             for row, label in zip(rows, _labels(rows), strict=True) if row.of(head)]
     return bars, next((value for row in rows for value in row.numbers(head, "accuracy", "majority")), None)
@@ -112,8 +126,9 @@ def _bars(rows: Sequence[Row], head: str) -> tuple[list[plots.Bar], float | None
 
 def _comparison_table(title: str, rows: Sequence[Row]) -> str:
     policies = _policies(rows)
-    split = split_name(rows[0].runs[0].results)
-    head = ("mode", "seeds", *(f"{split} accuracy, head {HEADS[policy]}" for policy in policies), "trained",
+    results = rows[0].runs[0].results
+    score = f"{split_name(results)} {main_metric(results)}"
+    head = ("mode", "seeds", *(f"{score}, head {HEADS[policy]}" for policy in policies), "trained",
             "without head", "neurons kept", "perplexity sliced", "perplexity trained", "training FLOPs",
             "training time")
     cells = [_cells(row, label, policies) for row, label in zip(rows, _labels(rows), strict=True)]
@@ -129,7 +144,7 @@ def _comparison_table(title: str, rows: Sequence[Row]) -> str:
 def _cells(row: Row, label: str, policies: Sequence[str]) -> tuple[str, ...]:
     shown = policies[0]
     return (label, str(max(len(row.of(policy)) for policy in policies)),
-            *(spread(row.numbers(policy, "accuracy", "test"), 100, " %") for policy in policies),
+            *(spread(row.measured(policy), 100, " %") for policy in policies),
             mean_of(row.numbers(shown, "parameters", "trained"), amount),
             mean_of(row.numbers(shown, "parameters", "trained_without_head"), amount),
             mean_of(row.numbers(shown, "parameters", "kept_fraction_of_units"), percent),
@@ -154,7 +169,7 @@ def _differences(rows: Sequence[Row], head: str) -> list[str]:
 
 
 def _by_seed(runs: Sequence[Run]) -> dict[object, float]:
-    return {run.results["seed"]: run.results["accuracy"]["test"] for run in runs}
+    return {run.results["seed"]: measured(run.results) for run in runs}
 
 
 def _at(values: Mapping[str, object], *keys: str) -> float | None:

@@ -3,16 +3,18 @@ query heads that read it (in plain multi-head attention one head)."""
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from stt.attends import HIDDEN, Seen, never_called, not_recognised, noting_attention, weights_of
 from stt.blocks import LAYERS, layer_of
 from stt.dummy import dummy_inputs
 from stt.errors import InputError
+from stt.probe import SHARED, Probe, by_channel, why_single
 from stt.resize import noting_calls, with_sizes
 from stt.sites import LeftOut, Member, Site, Sites, find_sites, fingerprint, is_repeated, keep_sites, kept_sites
 from stt.trace import Source, bit_positions, trace
@@ -23,11 +25,8 @@ KEPT_UNDER = "_stt_heads"
 ELSEWHERE = "its queries, keys or values are also used elsewhere"
 LATENT = "one of its projections is made from another of them (a latent that its heads share)"
 CONVOLVED = "a convolution stands between the projections (linear attention or a state-space layer)"
-SHARED = "all its query heads share a key and value head"
-MIXED = "it has a single head, or something between the projections mixes the heads"
-NORM = "a norm across all heads stands between the projections"
 COUNTS = "its heads are not of equal size, one after the other"
-NEVER = "never called by the dummy input (pass a batch as find_heads(model, example=...))"
+ONE_CHANNEL = "every channel is weighted by itself (a gate made from all positions)"
 NOT_RUN = "a projection of it was not executed by the dummy input"
 
 
@@ -41,9 +40,6 @@ class Attention:
     is_time_first: bool
 
 
-@torch.inference_mode(False)
-@torch.enable_grad()
-@torch.autocast("cpu", enabled=False)
 def find_heads(model: nn.Module, example: Mapping[str, Tensor] | None = None) -> Sites:
     """The attention sites of `model` in the order of execution, one for every output projection whose heads can be told
     apart and cut, and what is left out and why; cached on it until its shapes change.
@@ -54,9 +50,9 @@ def find_heads(model: nn.Module, example: Mapping[str, Tensor] | None = None) ->
     cached = kept_sites(model, KEPT_UNDER)
     if example is None and cached is not None:
         return cached
-    found, left_out = _discover(model, example)
+    found, left_out = discover_heads(model, example)
     if not found:
-        reasons = "; ".join(f"{entry.name}: {entry.reason}" for entry in left_out[:3]) or "none was recognised"
+        reasons = "; ".join(f"{entry.name}: {entry.reason}" for entry in left_out[:3]) or "nothing in it attends"
         raise InputError(f"no attention site in {type(model).__name__} ({reasons}): select neurons instead")
     sites = Sites({site.name: site for site in _named_once(found)}, tuple(left_out), fingerprint(model))
     keep_heads(model, sites)
@@ -68,54 +64,86 @@ def keep_heads(model: nn.Module, heads: Sites) -> None:
     keep_sites(model, heads, KEPT_UNDER)
 
 
-def _discover(model: nn.Module, example: Mapping[str, Tensor] | None) -> tuple[list[Site], list[LeftOut]]:
-    """The sites that can be cut, and the output projections of which none is made, with the reason."""
-    found: dict[str, list[Attention]] = defaultdict(list)
-    refused: dict[str, str] = {}
-    seen: set[str] = set()
-    uses: Counter[str] = Counter()  # products with every weight, and below those that are none of an attention
+@torch.inference_mode(False)
+@torch.enable_grad()
+@torch.autocast("cpu", enabled=False)
+def discover_heads(model: nn.Module, example: Mapping[str, Tensor] | None = None) -> tuple[list[Site], list[LeftOut]]:
+    """The sites that can be cut, and what attends and is none, with the reason."""
+    shown = _Shown()
     with noting_calls(model) as calls:
-        for sources, examples in _traces(model, example, seen):
-            uses.update(source.parameter for source in sources if source.layout is not None)
-            _collect(model, sources, examples, found, refused)
-    for attention in (attention for attentions in found.values() for attention in attentions):
-        uses.subtract(source.parameter for source, _ in attention.supports if source.layout is not None)
-        uses.subtract([attention.down.parameter])
-    sites = []
-    for parameter, attentions in found.items():
-        site = _site(model, attentions, seen) if parameter not in refused else refused[parameter]
+        _look(model, example, shown)
+    sites, refused = _sites(model, shown)
+    sites, not_resized = with_sizes(model, sites, calls)
+    refused |= not_resized
+    of_attention = weights_of(model, shown.attends)
+    tensors = {name: {name, *shown.projections[name]} for name, reason in refused.items()
+               if reason != ONE_CHANNEL or not shown.projections[name] & of_attention}
+    left_out = [LeftOut(layer_of(name), refused[name], True, tuple(sorted(own))) for name, own in tensors.items()]
+    explained = {member.tensor for site in sites for member in site.members}.union(*tensors.values())
+    left_out += not_recognised(model, shown.attends, shown.sources, explained)
+    return sites, [*left_out, *never_called(model, shown.seen, shown.attends)]
+
+
+@dataclass
+class _Shown:
+    """What the traces have shown, by the output projection's weight."""
+
+    found: dict[str, list[Attention]] = field(default_factory=lambda: defaultdict(list))
+    refused: dict[str, str] = field(default_factory=dict)
+    projections: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))  # what feeds it
+    sources: list[Source] = field(default_factory=list)
+    seen: set[str] = field(default_factory=set)  # tensors
+    attends: dict[str, Seen] = field(default_factory=dict)  # modules
+
+
+def _sites(model: nn.Module, shown: _Shown) -> tuple[list[Site], dict[str, str]]:
+    """Of every output projection the site, or the reason why it is none."""
+    sites, refused = [], dict(shown.refused)
+    for parameter, attentions in shown.found.items():
+        site = _site(model, attentions, shown.seen) if parameter not in refused else refused[parameter]
         if isinstance(site, str):
             refused[parameter] = site
         else:
             sites.append(site)
-    readers = Counter(member.tensor for site in sites for member in site.members)
-    elsewhere = {name for name in readers if uses[name] or readers[name] > 1}
+    elsewhere = _used_elsewhere(sites, shown)
     refused |= {site.members[-1].tensor: ELSEWHERE for site in sites
                 if any(member.tensor in elsewhere for member in site.members)}
-    resized, not_resized = with_sizes(model, [s for s in sites if s.members[-1].tensor not in refused], calls)
-    refused |= not_resized
-    left_out = [LeftOut(layer_of(name), reason, True, (name,)) for name, reason in refused.items()]
-    return resized, left_out + [LeftOut(name, NEVER, True) for name, module in model.named_modules()
-                                if isinstance(module, nn.ModuleList) and not is_repeated(model, name)
-                                and not any(parameter.startswith(name + ".") for parameter in seen)]
+    return [site for site in sites if site.members[-1].tensor not in refused], refused
 
 
-def sites_named(model: nn.Module, names: Iterable[str], other_names: Mapping[str, str] | None = None) -> Sites:
+def _used_elsewhere(sites: Sequence[Site], shown: _Shown) -> set[str]:
+    """Projections that two sites share, or that take part in something that is no attention."""
+    uses = Counter(source.parameter for source in shown.sources if source.layout is not None)
+    for attention in (attention for attentions in shown.found.values() for attention in attentions):
+        uses.subtract(source.parameter for source, _ in attention.supports if source.layout is not None)
+        uses.subtract([attention.down.parameter])
+    readers = Counter(member.tensor for site in sites for member in site.members)
+    return {name for name in readers if uses[name] or readers[name] > 1}
+
+
+def sites_named(model: nn.Module, names: Iterable[str], other_names: Mapping[str, str] | None = None,
+                example: Mapping[str, Tensor] | None = None) -> Sites:
     """The feed-forward sites of the model, and its attention sites too if one of `names` (or what `other_names` makes
-    of it) is one.
+    of it) is one; those alone if it has no feed-forward site.
 
-    Raises InputError if the model has no feed-forward site, or if one of them is called as an attention site is.
+    Raises InputError if it has neither, or if a feed-forward site is called as an attention site is.
     """
-    neurons = find_sites(model)
-    known = set(neurons) | {member.module for site in neurons.values() for member in site.members}
-    unknown = {(other_names or {}).get(name, name) for name in names} - known
-    if not unknown:
+    named = {(other_names or {}).get(name, name) for name in names}
+    neurons = _or_none(find_sites, model, example)
+    modules = {member.module for site in (neurons or {}).values() for member in site.members}
+    if neurons is not None and named <= neurons.keys() | modules:
         return neurons
+    heads = _or_none(find_heads, model, example)
+    if heads is None or not named & heads.keys():
+        return find_sites(model, example)
+    return heads if neurons is None else with_heads(model, neurons, heads)
+
+
+def _or_none(find: Callable[..., Sites], model: nn.Module, example: Mapping[str, Tensor] | None) -> Sites | None:
     try:
-        heads = find_heads(model)
+        return find(model, example)
     except InputError:
-        return neurons
-    return with_heads(model, neurons, heads) if unknown & heads.keys() else neurons
+        return None
 
 
 def with_heads(model: nn.Module, neurons: Sites, heads: Sites) -> Sites:
@@ -125,47 +153,50 @@ def with_heads(model: nn.Module, neurons: Sites, heads: Sites) -> Sites:
     return Sites({**neurons, **heads}, (*neurons.left_out, *heads.left_out), neurons.fingerprint)
 
 
-def _traces(model: nn.Module, example: Mapping[str, Tensor] | None,
-            seen: set[str]) -> Iterator[tuple[list[Source], int]]:
-    """The trace of the model, then of every tower it did not execute, each with its number of examples; names in the
-    sources are the model's."""
-    names = {id(p): name for name, p in model.named_parameters()}
+def _look(model: nn.Module, example: Mapping[str, Tensor] | None, shown: _Shown) -> None:
+    """Trace the model, and every tower it did not execute. A block by itself is not tried on made-up hidden states:
+    they would lack what its layers give it for every head, such as a position bias."""
     for prefix, module in model.named_modules():
-        if prefix and (not isinstance(module, PreTrainedModel) or any(name.startswith(prefix + ".") for name in seen)):
-            continue
-        sources, examples = _first_trace(module, [] if prefix or example is None else [dict(example)])
-        for source in sources:
-            owner, _, attribute = source.parameter.rpartition(".")
-            owner = f"{prefix}.{owner}" if prefix and owner else prefix or owner
-            value = getattr(model.get_submodule(owner), attribute)
-            source.parameter = names.get(id(value), f"{owner}.{attribute}" if owner else attribute)
-        seen |= {source.parameter for source in sources}
-        yield sources, examples
+        if not prefix or isinstance(module, PreTrainedModel) and _is_untouched(prefix, shown.seen):
+            given = [] if prefix or example is None else [dict(example)]
+            for inputs in given or dummy_inputs(module):
+                try:
+                    _add(model, prefix, inputs, shown)
+                    break
+                except InputError:
+                    if given:
+                        raise
 
 
-def _first_trace(module: nn.Module, given: Sequence[Mapping[str, Tensor]]) -> tuple[list[Source], int]:
-    """The trace on what is given, or on the first made-up batch that fits, and its number of examples; nothing if none
-    does. Raises InputError if what is given does not fit."""
-    for inputs in given or dummy_inputs(module):
-        try:
-            return trace(module, inputs), len(next(value for value in inputs.values() if isinstance(value, Tensor)))
-        except InputError:
-            if given:
-                raise
-    return [], 0
+def _is_untouched(name: str, seen: Iterable[str]) -> bool:
+    return not any(tensor.startswith(f"{name}.") for tensor in seen)
 
 
-def _collect(model: nn.Module, sources: Sequence[Source], examples: int, found: dict[str, list[Attention]],
-             refused: dict[str, str]) -> None:
-    """Add what one trace shows of every output projection of a repeated layer."""
+def _add(model: nn.Module, prefix: str, inputs: Mapping[str, object], shown: _Shown) -> None:
+    """What one trace shows of every output projection of a repeated layer; names in the sources become the model's.
+    Raises InputError if the inputs do not fit."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    with noting_attention(model) as attends:
+        sources = trace(model.get_submodule(prefix), inputs)
+    shown.attends |= {name: seen for name, seen in attends.seen.items() if name not in shown.attends}
+    examples = len(next(value for value in inputs.values() if isinstance(value, Tensor)))
+    for source in sources:
+        tensor = f"{prefix}.{source.parameter}" if prefix else source.parameter
+        owner, _, attribute = tensor.rpartition(".")
+        source.parameter = names.get(id(getattr(model.get_submodule(owner), attribute)), tensor)
+    shown.sources += sources
+    shown.seen |= {source.parameter for source in sources}
     for position, down in enumerate(sources):
         if down.layout is None or not is_repeated(model, down.parameter):
             continue
         decoded = _decode(sources, position, examples)
+        if decoded is not None:
+            shown.projections[down.parameter] |= {sources[place].parameter for place in bit_positions(down.reads)
+                                                  if sources[place].layout is not None}
         if isinstance(decoded, str):
-            refused.setdefault(down.parameter, decoded)
+            shown.refused.setdefault(down.parameter, decoded)
         elif decoded is not None:
-            found[down.parameter].append(decoded)
+            shown.found[down.parameter].append(decoded)
 
 
 # ---------------------------------------------------------------- one output projection
@@ -178,9 +209,11 @@ def _decode(sources: Sequence[Source], position: int, examples: int) -> Attentio
     own = [source for source in feeding if source.layout is not None and source.consumers == {position}]
     rows = down.input.movedim(down.input_axis, -1)
     rows = rows.reshape(-1, rows.shape[-1])  # (N, F)
+    if rows.requires_grad and not feeding:
+        return HIDDEN
     if not own or not len(rows) or not rows.requires_grad or down.layout.inputs.size != rows.shape[1]:
         return None
-    probe = _Probe(rows, feeding)
+    probe = Probe(rows, feeding)
     queries = probe.queries()
     if any(source.is_depthwise for source in feeding):
         is_blockwise = any(int(first.sum()) > 1 for first, source in zip(probe.channels(0), feeding, strict=True)
@@ -189,14 +222,16 @@ def _decode(sources: Sequence[Source], position: int, examples: int) -> Attentio
     of_head = probe.unit_size(queries)
     if of_head < 2:  # heads of scattered channels; or channel by channel: a gate made from all positions
         first = probe.channels(0)
-        return COUNTS if any((first[place] & mask).sum() > 1 for place, mask in queries.items()) else None
+        if any((first[place] & mask).sum() > 1 for place, mask in queries.items()):
+            return COUNTS
+        return ONE_CHANNEL if queries and len(rows) > examples else None
     projections = {place: torch.tensor(True) for place, source in enumerate(feeding) if source.layout is not None}
     readers = set().union(*(feeding[place].consumers for place in projections)) - {position}
     if readers:
         return LATENT if readers <= set(places) else ELSEWHERE
     size = probe.unit_size(projections)
     if size == rows.shape[1]:
-        reason = _why_single(probe, projections, queries)
+        reason = why_single(probe, projections, queries)
         if reason != SHARED:
             return reason
         size = of_head
@@ -206,92 +241,6 @@ def _decode(sources: Sequence[Source], position: int, examples: int) -> Attentio
     shape = down.input.shape
     return Attention(down, list(zip(feeding, supports, strict=True)), size // of_head,
                      len(shape) == 3 and shape[0] != examples == shape[1])
-
-
-class _Probe:
-    """Which channels of the feeding sources reach which channels of x (N, F), by vector-Jacobian products."""
-
-    def __init__(self, rows: Tensor, feeding: Sequence[Source]):
-        self.rows = rows
-        self.feeding = feeding
-        self.row_weights = torch.rand(len(rows), 1, generator=torch.Generator().manual_seed(1)) + 0.5
-
-    def slopes(self, weights: Tensor) -> list[Tensor]:
-        """The slope of (rows * weights).sum() in every source; zeros where it does not depend on one."""
-        values = [source.value for source in self.feeding]
-        slopes = torch.autograd.grad((self.rows * weights).sum(), values, retain_graph=True, allow_unused=True)
-        return [torch.zeros_like(value) if slope is None else slope
-                for value, slope in zip(values, slopes, strict=True)]
-
-    def reached(self, start: int, stop: int) -> list[Tensor]:
-        """The entries of every source that channels start ... stop - 1 of any row depend on."""
-        weights = torch.zeros_like(self.rows)
-        weights[:, start:stop] = torch.rand(stop - start, generator=torch.Generator().manual_seed(2)) + 0.5
-        return [slope != 0 for slope in self.slopes(weights * self.row_weights)]
-
-    def channels(self, channel: int) -> list[Tensor]:
-        """The channels (C,) of every source that one channel of x depends on."""
-        return [_by_channel(source, entries).any(0)
-                for source, entries in zip(self.feeding, self.reached(channel, channel + 1), strict=True)]
-
-    def queries(self) -> dict[int, Tensor]:
-        """The channels (C,) of projections, by place, that reach a row from a single position, if there are others that
-        reach it from several: else nothing attends to anything."""
-        count = len(self.rows)
-        for row in dict.fromkeys((max(count // 2 - 1, 0), count // 4, count - 1)):  # some may be padding
-            local = self._queries_of(row)
-            if local:
-                return local
-        return {}
-
-    def _queries_of(self, row: int) -> dict[int, Tensor]:
-        weights = torch.zeros_like(self.rows)
-        weights[row] = 1.0
-        local: dict[int, Tensor] = {}
-        is_mixing = False
-        for place, (source, slope) in enumerate(zip(self.feeding, self.slopes(weights), strict=True)):
-            if source.layout is None:
-                continue
-            counts = _by_channel(source, slope != 0).sum(0)  # (C,)
-            is_mixing = is_mixing or bool((counts > 1).any())
-            if (counts == 1).any():
-                local[place] = counts == 1
-        return local if is_mixing else {}
-
-    def unit_size(self, projections: Mapping[int, Tensor]) -> int:
-        """How many channels of x, from the first on, share one of these channels of a projection with it (by place, a
-        mask): by bisection. 0 without any projection."""
-        first = self.channels(0)
-        low, high = 0, self.rows.shape[1]  # channel low is of the first unit, channel high is not
-        while high - low > 1:
-            middle = (low + high) // 2
-            of_middle = self.channels(middle)
-            is_same = any((first[place] & of_middle[place] & mask).any() for place, mask in projections.items())
-            low, high = (middle, high) if is_same else (low, middle)
-        return high if projections else 0
-
-    def by_unit(self, size: int) -> list[Tensor]:
-        """For every source what each unit of `size` channels depends on: (U, *shape of the source)."""
-        units = [self.reached(start, start + size) for start in range(0, self.rows.shape[1], size)]
-        return [torch.stack(of_source) for of_source in zip(*units, strict=True)]
-
-
-def _by_channel(source: Source, entries: Tensor) -> Tensor:
-    """(*shape of the source) -> (N, C)"""
-    entries = entries.movedim(source.axis, -1) if entries.ndim else entries.view(1)
-    return entries.reshape(-1, entries.shape[-1])
-
-
-def _why_single(probe: _Probe, projections: Iterable[int], queries: Mapping[int, Tensor]) -> str:
-    """Why the first and the last channel of x belong together."""
-    first, last = probe.channels(0), probe.channels(probe.rows.shape[1] - 1)
-    common = {place: first[place] & last[place] for place in projections if (first[place] & last[place]).any()}
-    if not any((common[place] & queries[place]).any() for place in queries if place in common):
-        return SHARED
-    widths = {source.value.shape[source.axis] for source in (probe.feeding[place] for place in common)}
-    is_norm = any(source.is_parameter and source.value.ndim == 1 and len(source.value) in widths
-                  for source in probe.feeding)
-    return NORM if is_norm else MIXED
 
 
 # ---------------------------------------------------------------- sites
@@ -351,7 +300,7 @@ def _member(source: Source, supports: Tensor) -> Member | str | None:
     """What of a source belongs to each unit; None if all units share all of it, a reason if neither is so."""
     module, _, parameter = source.parameter.rpartition(".")
     if source.layout is not None:
-        by_unit = torch.stack([_by_channel(source, entries).any(0) for entries in supports])  # (U, C)
+        by_unit = torch.stack([by_channel(source, entries).any(0) for entries in supports])  # (U, C)
         shared = by_unit.all(0)
         if shared.all():
             return None

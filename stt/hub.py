@@ -75,8 +75,6 @@ class SlicedQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None,
                                              **_: object) -> PreTrainedModel:
-        from stt.heads import find_heads, keep_heads, with_heads
-        from stt.sites import find_sites, keep_sites
         from stt.stt_transformer import apply
 
         name = model.config.name_or_path
@@ -91,15 +89,7 @@ class SlicedQuantizer(HfQuantizer):
         with _as_outside(model):
             selection = Selection.load(_selection_file(name, Path(checkpoint_files[0])))
             _check_sizes(selection, entry, name)
-            twin = _twin(model)
-            sites = find_sites(twin, self.quantization_config.example)
-            keep_sites(model, sites)  # for apply
-            fitted = _fitted(selection, model, sites)
-            if not fitted.keys() <= sites.keys():
-                heads = find_heads(twin, self.quantization_config.example)
-                keep_heads(model, heads)
-                sites = with_heads(model, sites, heads)
-                fitted = _fitted(selection, model, sites)
+            sites, fitted = _sites_of(selection, model, self.quantization_config.example)
             apply(model, fitted)
         model.config.stt |= {key: entry[key] for key in ("base", "compensate") if key in entry}
         if "compensate" in entry:
@@ -153,6 +143,29 @@ def _check_sizes(selection: Selection, entry: Mapping[str, object], name: str) -
     if sizes != entry["sites"]:
         raise InputError(f"the {SELECTION} of {name} is not the selection its config.json speaks of: restore the files "
                          "that were saved together")
+
+
+def _sites_of(selection: Selection, model: PreTrainedModel,
+              example: Mapping[str, Tensor] | None) -> tuple[Sites, Selection]:
+    """The sites that the selection is of, found on a twin and kept on the model for `apply`, and the selection under
+    their names. Raises InputError if the model has none."""
+    from stt.heads import find_heads, keep_heads, with_heads
+    from stt.sites import find_sites, keep_sites
+
+    twin = _twin(model)
+    try:
+        neurons = find_sites(twin, example)
+    except InputError:
+        neurons = None
+    if neurons is not None:
+        keep_sites(model, neurons)
+        fitted = _fitted(selection, model, neurons)
+        if fitted.keys() <= neurons.keys():
+            return neurons, fitted
+    heads = find_heads(twin, example)
+    keep_heads(model, heads)
+    sites = heads if neurons is None else with_heads(model, neurons, heads)
+    return sites, _fitted(selection, model, sites)
 
 
 def _fitted(selection: Selection, model: PreTrainedModel, sites: Sites) -> Selection:

@@ -1,19 +1,39 @@
-"""A causal language model and its tokenizer, from the hub or a folder, in the dtype the run asks for."""
+"""A decoder or a classifier, with its tokenizer or image processor, from the hub or a folder, in the dtype the run
+asks for."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import functools
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import transformers
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.initialization import no_init_weights
 
 from stt.errors import InputError
-from stt.surgery import tie
+from stt.surgery import head_parameters, tie
 from stt.trace import evaluating
+
+logger = logging.getLogger(__name__)
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype | None:
@@ -45,9 +65,7 @@ def load_model(name: str, autocast_dtype: torch.dtype | None, device: torch.devi
 def check_decoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises InputError for a model that is no decoder (a token sees later ones), whose vocabulary is smaller than the
     tokenizer's, or whose weights give NaN."""
-    rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        raise InputError(f"the tokenizer has {len(tokenizer)} tokens and the model {rows}: use those of one model")
+    rows = check_vocabulary(model, tokenizer)
     ids = torch.arange(3, 9, device=model.device).view(1, -1) % rows  # (1, T)
     changed = ids.clone()
     changed[0, -1] = (ids[0, -1] + 1) % rows
@@ -58,6 +76,160 @@ def check_decoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     tolerance = 1e-5 if logits.dtype == torch.float32 else 0.05  # experts may group tokens differently, in few digits
     if not torch.allclose(logits, other, rtol=tolerance, atol=tolerance * float(logits.abs().max())):
         raise InputError(f"{type(model).__name__} is no decoder (its tokens see later ones): give a causal model")
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The number of tokens the model embeds. Raises InputError if the tokenizer has more."""
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise InputError(f"the tokenizer has {len(tokenizer)} tokens and the model {rows}: use those of one model")
+    return rows
+
+
+# ---------------------------------------------------------------- classifiers
+
+
+@dataclass(frozen=True)
+class Classes:
+    """What a classifier is loaded for: `names` of its classes (none: one quantity to predict), of texts or images. The
+    layer that yields them is drawn with `seed`."""
+
+    modality: str
+    names: tuple[str, ...]
+    seed: int
+    without_dropout: bool = False
+
+
+def load_classifier(name: str, classes: Classes, autocast_dtype: torch.dtype | None, device: torch.device,
+                    pad_token_id: int | None = None) -> PreTrainedModel:
+    """The dense classifier, its output layer always new; without autocast all float32, else in the checkpoint's dtype.
+
+    Raises InputError if there is no such model, it is of the other modality, damaged, or already sliced.
+    """
+    with _reading("the model", name, "config.json and weights"), _quiet():
+        config = _classifier_config(name, classes, pad_token_id)
+        torch.manual_seed(classes.seed)
+        model, loaded = _read_classifier(name, config, "auto" if autocast_dtype else torch.float32, classes.modality)
+    output = _output_parameters(model)
+    new = head_parameters(model).keys() | output
+    missing = sorted(set(loaded["missing_keys"]) - new)
+    if missing:
+        raise InputError(f"the weights of {name} lack {len(missing)} tensors of a {type(model).__name__}, the first "
+                         f"{missing[0]!r}: give its own weights")
+    for tensor, given, wanted in sorted(loaded["mismatched_keys"]):
+        if tensor not in output:
+            raise InputError(f"{tensor!r} of {name} is {tuple(given)}, expected {tuple(wanted)}: give its own weights")
+    _draw(model, output, classes.seed)
+    made = sorted(new & set(loaded["missing_keys"]) | output)
+    _say_new(name, classes.seed, ", ".join(made))
+    return model.to(device)
+
+
+@functools.cache  # once a process: the dense model is loaded again to be compared with
+def _say_new(name: str, seed: int, made: str) -> None:
+    logger.info("new weights, drawn with seed %d: %s", seed, made)
+
+
+def _read_classifier(name: str, config: PreTrainedConfig, dtype: torch.dtype | str,
+                     modality: str) -> tuple[PreTrainedModel, dict[str, object]]:
+    """The model with its weights, and what from_pretrained says of them."""
+    kind = AutoModelForSequenceClassification if modality == "text" else AutoModelForImageClassification
+    how = {"dtype": dtype, "output_loading_info": True}
+    if modality == "text" or type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        return kind.from_pretrained(name, config=config, ignore_mismatched_sizes=True, **how)
+    whole = _with_tower(config)
+    tower, loaded = AutoModel.from_pretrained(name, **how)
+    model = kind.from_config(whole, dtype=tower.dtype)
+    model.vision_model.load_state_dict(tower.state_dict())
+    return model, loaded
+
+
+def _with_tower(tower: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the whole model that a vision tower (CLIP's, SigLIP's) is a part of, and that has a classifier.
+    Raises InputError if there is none."""
+    for kind in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        if kind.sub_configs.get("vision_config") is type(tower):
+            given = {entry: getattr(tower, entry) for entry in ("id2label", "label2id", "problem_type")}
+            return kind(vision_config=tower.to_dict(), **given)
+    raise InputError(f"transformers has no image classifier on {type(tower).__name__}: give another model, or a text "
+                     "task for a text model")
+
+
+def _classifier_config(name: str, classes: Classes, pad_token_id: int | None) -> PreTrainedConfig:
+    """The config of the model, for these classes."""
+    config = AutoConfig.from_pretrained(name)
+    if hasattr(config, "stt"):
+        raise InputError(f"{name} is already sliced: give the dense model, or load it with stt.load")
+    config.id2label = dict(enumerate(classes.names or ("quantity",)))
+    config.label2id = {label: number for number, label in config.id2label.items()}
+    config.problem_type = "single_label_classification" if classes.names else "regression"
+    if pad_token_id is not None and config.get_text_config().pad_token_id is None:
+        config.get_text_config().pad_token_id = pad_token_id  # a decoder's classifier reads the last real token
+    for part in (config, config.get_text_config(), *config.sub_configs):
+        part = getattr(config, part) if isinstance(part, str) else part
+        for entry, value in part.to_dict().items():
+            if "drop" in entry and isinstance(value, float) and classes.without_dropout:
+                setattr(part, entry, 0.0)
+            elif entry == "use_cache":
+                part.use_cache = False  # a classifier generates nothing
+    return config
+
+
+def _output_parameters(model: PreTrainedModel) -> set[str]:
+    """Parameters whose shape follows from the number of classes."""
+    config = copy.deepcopy(model.config)
+    config.num_labels = model.config.num_labels + 1
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        other = type(model)._from_config(config)
+    shapes = {name: parameter.shape for name, parameter in other.named_parameters()}
+    return {name for name, parameter in model.named_parameters() if shapes[name] != parameter.shape}
+
+
+def _draw(model: PreTrainedModel, parameters: Iterable[str], seed: int) -> None:
+    """Initialise the layers of these parameters as the model's class does, whatever the checkpoint held of them."""
+    torch.manual_seed(seed)
+    for owner in sorted({name.rpartition(".")[0] for name in parameters}):
+        layer = model.get_submodule(owner)
+        for parameter in layer.parameters(recurse=False):
+            parameter._is_hf_initialized = False
+        layer._is_hf_initialized = False
+        with torch.no_grad():
+            model._init_weights(layer)
+
+
+def check_classifier(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> None:
+    """Raises InputError if the model cannot read this batch, or its weights give NaN."""
+    inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
+    try:
+        with torch.no_grad(), evaluating(model), torch.autocast(model.device.type, model.dtype, model.dtype !=
+                                                                torch.float32):
+            logits = model(**inputs).logits  # (B, C)
+    except (RuntimeError, ValueError, IndexError) as error:
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items())
+        raise InputError(f"{type(model).__name__} cannot read a batch of this data ({shapes}): "
+                         f"{str(error).splitlines()[0]}; check --max_length or --image_size") from error
+    if logits.shape != (len(next(iter(inputs.values()))), model.config.num_labels):
+        raise InputError(f"{type(model).__name__} yields {tuple(logits.shape)}, not one number for each of "
+                         f"{model.config.num_labels} classes: give a classifier")
+    if not logits.isfinite().all():
+        raise InputError(f"the weights of this {type(model).__name__} give NaN or infinite outputs: give intact ones")
+
+
+def load_processor(name: str, image_size: int | None = None) -> BaseImageProcessor:
+    """The image processor of a model, on PIL; it scales to `image_size` pixels if given. Raises InputError if there is
+    none."""
+    with _reading("the image processor of", name, "preprocessor_config.json"):
+        processor = AutoImageProcessor.from_pretrained(name, backend="pil")
+        if image_size is None:
+            return processor
+        square = {"height": image_size, "width": image_size}
+        crops = bool(getattr(processor, "do_center_crop", False))
+        size = {"shortest_edge": image_size} if crops else square
+        return AutoImageProcessor.from_pretrained(name, backend="pil", size=size, **({"crop_size": square} if crops else
+                                                                                    {}))
+
+
+# ---------------------------------------------------------------- tokenizers, and shapes without weights
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -78,6 +250,17 @@ def on_meta(name: str) -> PreTrainedModel:
         model = architecture.from_config(config) if architecture is transformers.AutoModel else architecture(config)
     tie(model)
     return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own report of what a checkpoint lacks."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
 
 
 @contextmanager

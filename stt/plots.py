@@ -19,6 +19,8 @@ MODE_COLOURS = {"baseline": "#475569", "lora": "#8b5cf6", "stt": BLUE, "stt_lora
 COMPOSITION = (("mean_only", "by the mean alone", BLUE), ("both", "by both", "#1e3a8a"),
                ("rate_only", "by the rate alone", TEAL))
 WIDTH = 8.0  # inches; saved at 200 dots per inch = 1600 pixels
+VALIDATION = "validation_"  # begins the name of a metric in metrics.jsonl
+MOST_LABELLED = 20  # classes of a confusion matrix with its counts written in
 SMOOTHING = 0.05  # the smoothed loss averages this share of the run on either side
 
 STYLE = {"font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "axes.edgecolor": FAINT,
@@ -59,16 +61,18 @@ def figure(path: str | Path, height: float, **layout: object) -> Iterator[tuple[
             pyplot.close(canvas)
 
 
-def training_curve(rows: Sequence[Mapping[str, float | None]], path: str | Path, mode: str) -> None:
-    """Loss per step, and below it the validation accuracy if there is any."""
+def training_curve(rows: Sequence[Mapping[str, float | None]], path: str | Path, mode: str,
+                   loss: str = "loss per answer token") -> None:
+    """Loss per step, and below it the validation metric if there is any."""
     losses = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
-    scores = [(row["step"], row["validation_accuracy"]) for row in rows if row.get("validation_accuracy") is not None]
+    metric = next((name for row in rows for name in row if name.startswith(VALIDATION)), VALIDATION)
+    scores = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
     colour = MODE_COLOURS.get(mode, INK)
     panels = [losses, scores] if scores else [losses]
     with figure(path, 2.6 * len(panels), nrows=len(panels), sharex=True, squeeze=False) as (_, axes):
-        _loss(axes[0, 0], losses, colour)
+        _loss(axes[0, 0], losses, colour, loss)
         if scores:
-            _validation(axes[1, 0], scores, colour)
+            _validation(axes[1, 0], scores, colour, metric.removeprefix(VALIDATION).replace("_", " "))
         axes[-1, 0].set_xlabel("optimizer step")
         axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)
 
@@ -108,6 +112,24 @@ def composition(sites: Sequence[Mapping[str, object]], path: str | Path) -> None
         axes.set_ylim(0, 1)
 
 
+def confusion(counts: Sequence[Sequence[int]], names: Sequence[str], path: str | Path) -> None:
+    """A matrix of shares of each row: true classes down, predicted ones across."""
+    shares = [[count / max(sum(row), 1) for count in row] for row in counts]
+    with figure(path, WIDTH * 0.8) as (_, axes):
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        axes.set_xticks(range(len(names)), names, rotation=90 if len(max(names, key=len)) > 2 else 0)
+        axes.set_yticks(range(len(names)), names)
+        axes.grid(visible=False)
+        axes.set_xlabel("predicted")
+        axes.set_ylabel("true")
+        axes.set_title("Confusion")
+        for place, row in enumerate(counts) if len(names) <= MOST_LABELLED else ():
+            for other, count in enumerate(row):
+                if count:
+                    axes.annotate(str(count), (other, place), ha="center", va="center", fontsize=8,
+                                  color="white" if shares[place][other] > 0.5 else INK)
+
+
 def comparison(tables: Mapping[str, tuple[Sequence[Bar], float | None]], path: str | Path) -> None:
     """`tables`: title -> (rows, majority if any). One dot per seed, a bar to the mean; trained parameters beside it."""
     heights = [0.4 * len(rows) + 1.3 for rows, _ in tables.values()]
@@ -122,9 +144,9 @@ def comparison(tables: Mapping[str, tuple[Sequence[Bar], float | None]], path: s
 # ---------------------------------------------------------------- parts of a figure
 
 
-def _loss(axes: Axes, points: Sequence[tuple[float, float]], colour: str) -> None:
+def _loss(axes: Axes, points: Sequence[tuple[float, float]], colour: str, name: str) -> None:
     axes.set_title("Training loss")
-    axes.set_ylabel("loss per answer token")
+    axes.set_ylabel(name)
     if not points:
         return
     steps, losses = zip(*points, strict=True)
@@ -135,13 +157,13 @@ def _loss(axes: Axes, points: Sequence[tuple[float, float]], colour: str) -> Non
     _end_label(axes, steps[-1], smooth[-1], f"{smooth[-1]:.3g}", colour)
 
 
-def _validation(axes: Axes, points: Sequence[tuple[float, float]], colour: str) -> None:
+def _validation(axes: Axes, points: Sequence[tuple[float, float]], colour: str, metric: str) -> None:
     steps, scores = zip(*points, strict=True)
     axes.plot(steps, scores, color=colour, linewidth=2, marker="o", markersize=5, markeredgecolor="white")
     _end_label(axes, steps[-1], scores[-1], f"{scores[-1]:.1%}", colour)
-    axes.set_title("Validation accuracy, by generation")
+    axes.set_title(f"Validation {metric}")
     _percent(axes.yaxis)
-    axes.set_ylim(0, min(1.0, max(scores) * 1.2 + 0.05))
+    axes.set_ylim(min(0, *scores), min(1.0, max(scores) * 1.2 + 0.05))
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:

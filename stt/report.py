@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stt import plots
-from stt.comparison import HEADS, compare, split_name
+from stt.comparison import HEADS, compare, main_metric, measured, split_name
 from stt.runs import load_run
 from stt.words import amount, arrows, decimal, duration, listed, markdown_table, mebibytes, model_name, percent, wilson
 
 __all__ = ["compare", "load_run", "summary_lines", "write_report"]
+
+MOST_CLASSES = 50  # of a confusion matrix that can be read
+CONFUSION = "Rows are the true classes, columns the predicted ones, shares of each row."
 
 
 @dataclass(frozen=True)
@@ -52,21 +55,14 @@ def summary_lines(results: Mapping[str, object]) -> list[str]:
 
 
 def _score_name(results: Mapping[str, object]) -> str:
-    """What the share of right answers is called: free text is right only if all of it is."""
-    return f"{split_name(results)} {'exact match' if results['accuracy']['majority'] is None else 'accuracy'}"
+    """What the main number is called: free text is right only if all of it is."""
+    is_free = "main" not in results and results["accuracy"]["majority"] is None
+    return f"{split_name(results)} {'exact match' if is_free else main_metric(results).replace('_', ' ')}"
 
 
 def _summary(results: Mapping[str, object]) -> list[tuple[str, str]]:
-    accuracy, parameters = results["accuracy"], results["parameters"]
-    low, high = wilson(accuracy["correct"], accuracy["n"])
-    rows = [(_score_name(results),
-             f"{percent(accuracy['test'])} ({accuracy['correct']} of {accuracy['n']}; 95 % interval {percent(low)} to "
-             f"{percent(high)}; majority class {percent(accuracy['majority'])})")]
-    if results.get("answer_loss") is not None:
-        rows.append(("answer loss", f"{decimal(results['answer_loss'])} nats per answer token of the "
-                     f"{split_name(results)} data"))
-    if accuracy.get("restored") is not None:
-        rows.append(("restored", f"{percent(accuracy['restored'])} with the removed neurons put back"))
+    parameters = results["parameters"]
+    rows = [*_scores(results)]
     rows += [("parameters", f"{amount(parameters['dense'])} dense, {amount(parameters['kept'])} kept, "
               f"{amount(parameters['trained'])} trained ({amount(parameters['trained_without_head'])} without the "
               f"head; head {HEADS.get(results['head'], results['head'])})")]
@@ -74,15 +70,43 @@ def _summary(results: Mapping[str, object]) -> list[tuple[str, str]]:
         rows.append(("neurons", f"{percent(parameters['kept_fraction_of_units'])} kept in {len(results['sites'])} "
                      f"sites, chosen by {results['selected_by']}"))
         rows += _agreement(results["sites"])
-    rows.append(("perplexity", arrows(results["perplexity"], ("dense", "sliced", "trained"), decimal)))
+    if "perplexity" in results:
+        rows.append(("perplexity", arrows(results["perplexity"], ("dense", "sliced", "trained"), decimal)))
     rows.append(("FLOPs", listed(results["flops"], ("selection", "training", "inference"), amount)))
     ratio = (results.get("throughput") or {}).get("ratio")
     if ratio:
-        rows.append(("speed", f"decoding x {decimal(ratio['decode_tokens_per_second'])}, prefill time x "
-                     f"{decimal(ratio['prefill_seconds'])} of the dense model"))
+        rows.append(("speed", f"{_speed_words(ratio)} of the dense model"))
     rows.append(("time", listed(results["seconds"], ("selection", "training", "evaluation", "total"), duration)))
     rows.append(("peak memory", mebibytes(results.get("peak_memory_bytes"))))
     return rows
+
+
+def _scores(results: Mapping[str, object]) -> list[tuple[str, str]]:
+    """The main number first."""
+    accuracy, rows = results["accuracy"], []
+    if "main" in results:
+        rows += [(f"{split_name(results)} {name.replace('_', ' ')}", f"{decimal(value)} on {accuracy['n']} examples")
+                 for name, value in results["metrics"].items() if name != "accuracy"]
+    if "test" in accuracy:
+        low, high = wilson(accuracy["correct"], accuracy["n"])
+        name = f"{split_name(results)} accuracy" if "main" in results else _score_name(results)
+        at = len(rows) if main_metric(results) != "accuracy" else 0
+        rows.insert(at, (name, f"{percent(accuracy['test'])} ({accuracy['correct']} of {accuracy['n']}; 95 % interval "
+                         f"{percent(low)} to {percent(high)}; majority class {percent(accuracy['majority'])})"))
+    if results.get("answer_loss") is not None:
+        rows.append(("answer loss", f"{decimal(results['answer_loss'])} nats per answer token of the "
+                     f"{split_name(results)} data"))
+    if accuracy.get("restored") is not None:
+        rows.append(("restored", f"{percent(accuracy['restored'])} with the removed neurons put back"))
+    return rows
+
+
+def _speed_words(ratio: Mapping[str, float]) -> str:
+    """Of a decoder or a classifier."""
+    if "examples_per_second" in ratio:
+        return f"examples a second x {decimal(ratio['examples_per_second'])}"
+    return (f"decoding x {decimal(ratio['decode_tokens_per_second'])}, prefill time x "
+            f"{decimal(ratio['prefill_seconds'])}")
 
 
 def _agreement(sites: Sequence[Mapping[str, object]]) -> list[tuple[str, str]]:
@@ -121,6 +145,9 @@ def _sections(results: Mapping[str, object], figures: Mapping[str, str]) -> list
     if "composition" in figures:
         sections.append(Section("Composition", "A neuron is kept if its mean pre-activation or its activation rate is "
                                 "among the largest of its site.", figure=figures["composition"]))
+    if results.get("classes"):
+        sections.append(Section("Classes", CONFUSION if "confusion" in figures else "", _class_rows(results["classes"]),
+                                figures.get("confusion")))
     if results.get("throughput"):
         sections.append(_speed(results["throughput"]))
     packages = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
@@ -128,6 +155,13 @@ def _sections(results: Mapping[str, object], figures: Mapping[str, str]) -> list
                                                   ("commit", results["git_commit"] or "outside git"),
                                                   ("versions", packages)]))
     return sections
+
+
+def _class_rows(classes: Sequence[Mapping[str, object]]) -> list[list[str]]:
+    numbers = ("precision", "recall", "f1")
+    rows = [[str(each["name"]), *(percent(each[name]) for name in numbers), f"{each['examples']:,}"]
+            for each in classes]
+    return [["class", "precision", "recall", "F1", "examples"], *rows]
 
 
 def _site_rows(sites: Sequence[Mapping[str, object]]) -> list[list[str]]:
@@ -150,7 +184,7 @@ def _figures(folder: Path, results: Mapping[str, object]) -> dict[str, str]:
     metrics, sites, drawn = folder / "metrics.jsonl", results["sites"], {}
     if metrics.is_file():
         rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-        plots.training_curve(rows, folder / "plots" / "training.png", results["mode"])
+        plots.training_curve(rows, folder / "plots" / "training.png", results["mode"], _loss_name(results))
         drawn["training"] = "plots/training.png"
     if sites:
         plots.kept_units(sites, folder / "plots" / "kept.png")
@@ -158,7 +192,16 @@ def _figures(folder: Path, results: Mapping[str, object]) -> dict[str, str]:
     if sites and all(key in site for site in sites for key, _, _ in plots.COMPOSITION):
         plots.composition(sites, folder / "plots" / "composition.png")
         drawn["composition"] = "plots/composition.png"
+    if 1 < len(results.get("classes") or ()) <= MOST_CLASSES:
+        names = [str(each["name"]) for each in results["classes"]]
+        plots.confusion(results["confusion"], names, folder / "plots" / "confusion.png")
+        drawn["confusion"] = "plots/confusion.png"
     return drawn
+
+
+def _loss_name(results: Mapping[str, object]) -> str:
+    """What the training loss is a mean over."""
+    return "loss per example" if "main" in results else "loss per answer token"
 
 
 # ---------------------------------------------------------------- markdown and HTML
@@ -192,8 +235,8 @@ th {{ color: #64748b; font-weight: 500; }} tr:last-child td {{ border-bottom: 0;
 
 
 def _html(title: str, sections: Sequence[Section], folder: Path, results: Mapping[str, object]) -> str:
-    accuracy, parameters = results["accuracy"], results["parameters"]
-    cards = ((_score_name(results), percent(accuracy["test"])),
+    parameters = results["parameters"]
+    cards = ((_score_name(results), percent(measured(results))),
              ("trained parameters", amount(parameters["trained"])),
              ("neurons kept", percent(parameters["kept_fraction_of_units"] if results["sites"] else 1.0)),
              ("training", duration(results["seconds"]["training"])))

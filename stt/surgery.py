@@ -63,9 +63,16 @@ def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     body = getattr(model, model.base_model_prefix, model) if model.base_model_prefix else model
     of_body = {id(p) for p in body.parameters()} if body is not model else {id(p) for p in model.parameters()}
     heads = {id(p) for p in model.parameters() if id(p) not in of_body}
-    for module in (model.get_output_embeddings(), getattr(body, "pooler", None)):
+    for module in (model.get_output_embeddings(), getattr(body, "pooler", None), *_class_layers(model, body)):
         heads |= {id(p) for p in module.parameters()} if isinstance(module, nn.Module) else set()
     return {name: p for name, p in model.named_parameters() if id(p) in heads}
+
+
+def _class_layers(model: nn.Module, body: nn.Module) -> list[nn.Module]:
+    """Linear layers that yield a number for every class, beside a body that has no name of its own (CLIP's image
+    classifier)."""
+    return [child for child in model.children() if body is model and isinstance(child, nn.Linear)
+            and child.out_features == model.config.num_labels]
 
 
 def head_is_tied(model: nn.Module) -> bool:

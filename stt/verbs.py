@@ -1,5 +1,5 @@
-"""The command `stt VERB ...`: reports, what a model's sites are, and export. Nothing heavy is imported before a verb
-runs, so that `stt --help` answers at once."""
+"""The command `stt VERB ...`: reports, what a model's sites are, export, sweeps. Nothing heavy is imported before a
+verb runs, so that `stt --help` answers at once."""
 from __future__ import annotations
 
 import itertools
@@ -70,6 +70,36 @@ class ExportArgs:
                              "original width; leave one of them out.")
 
 
+@dataclass(frozen=True)
+class SweepArgs:
+    """Run all runs of a grid file on this machine, or show where they stand."""
+
+    action: Annotated[Literal["run", "count", "status", "table"], Positional, arg(metavar="run|count|status|table")]
+    """run what is not done; count: the range of an array job; status; table: also as table.csv and table.png"""
+    grid: Annotated[str, Positional, arg(metavar="GRID")]
+    """the grid file (docs/sweeps.md)"""
+    jobs: int = 1
+    """run: how many runs at a time"""
+    retry_failed: bool = False
+    """run: also what failed before"""
+    metric: tuple[str, ...] = ("accuracy.test",)
+    """table: numbers in results.json, by dotted name; the first is drawn"""
+    axis: str | None = None
+    """table: the flag to draw along; None = the first axis of numbers"""
+    out: str | None = None
+    """table: folder for table.md, .csv and .png; None = the folder of the runs"""
+
+    def __post_init__(self) -> None:
+        if self.jobs < 1:
+            raise InputError(f"jobs must be 1 or more, got {self.jobs}")
+        if not self.metric:
+            raise InputError("metric needs a name, such as accuracy.test")
+        owners = {"jobs": "run", "retry_failed": "run", "metric": "table", "axis": "table", "out": "table"}
+        for name, owner in owners.items():
+            if self.action != owner and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise InputError(f"{name} is about `stt sweep {owner}`, not `stt sweep {self.action}`; leave it out.")
+
+
 def report(args: ReportArgs) -> None:
     """`stt report`"""
     from stt.report import compare, load_run
@@ -118,8 +148,28 @@ def plan(args: PlanArgs) -> None:
     sys.stdout.write(json.dumps(found, indent=2) + "\n" if args.json else table(found))
 
 
-VERBS: dict[str, tuple[Callable[..., None], type]] = {"report": (report, ReportArgs), "sites": (sites, SitesArgs),
-                                                      "export": (export, ExportArgs), "plan": (plan, PlanArgs)}
+def sweep(args: SweepArgs) -> int:
+    """`stt sweep`"""
+    from util.grid import read_grid
+
+    grid = read_grid(args.grid)
+    if args.action == "run":
+        from util.sweep_local import run_all
+
+        return run_all(grid, args.jobs, args.retry_failed)
+    from util import sweep_table
+
+    if args.action == "table":
+        text = sweep_table.write_table(grid, args.metric, args.axis, Path(args.out) if args.out else None)
+    else:
+        text = grid.array_range if args.action == "count" else sweep_table.status(grid)
+    sys.stdout.write(f"{text}\n")
+    return 0
+
+
+VERBS: dict[str, tuple[Callable[..., int | None], type]] = {
+    "report": (report, ReportArgs), "sites": (sites, SitesArgs), "export": (export, ExportArgs),
+    "plan": (plan, PlanArgs), "sweep": (sweep, SweepArgs)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

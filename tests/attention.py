@@ -15,12 +15,13 @@ from transformers import PreTrainedModel
 
 import stt
 from stt.errors import InputError
-from stt.heads import find_heads
+from stt.heads import discover_heads, find_heads
 from stt.sites import Site, Sites
 from tests.architectures.build import Built, build
 from tests.architectures.matrix import difference
 from tests.architectures.overrides import NOT_BUILDABLE
 from tests.architectures.types import model_types
+from tests.attending import silent
 from tests.tiny import outputs
 
 
@@ -37,13 +38,15 @@ class Row:
     whole: float | None = None  # error with all units kept
     sliced: float | None = None  # error with random units kept, another number in every other layer
     reloaded: float | None = None  # error of the checkpoint, loaded again
+    silent: list[str] = field(default_factory=list)  # modules that attend, are no site and are not named
     reason: str = ""  # why nothing is sliced
 
     def __str__(self) -> str:
         errors = (self.effect, self.whole, self.sliced, self.reloaded)
         errors = "" if self.sliced is None else " ".join(f"{error:.1e}" for error in errors)
         sizes = "+".join(map(str, self.units)) + " of " + "+".join(map(str, self.heads)) if self.units else "-"
-        reasons = "; ".join(sorted({reason for reason in (self.reason, *self.left_out) if reason}))
+        silent = [f"SILENT: {name}" for name in self.silent]
+        reasons = "; ".join(sorted({reason for reason in (self.reason, *self.left_out, *silent) if reason}))
         return f"{self.model_type:14} {sizes:28} {errors:32} {reasons}"
 
 
@@ -54,10 +57,13 @@ def measured(model_type: str) -> Row:
         sites = find_heads(built.model)
     except InputError as error:
         row.reason = str(error)
+        row.silent = silent(built, {tensor for entry in discover_heads(built.model)[1] for tensor in entry.tensors})
         return row
     row.units = [site.width for site in sites.values()]
     row.heads = [site.heads for site in sites.values()]
     row.left_out = [f"{entry.name}: {entry.reason}" for entry in sites.left_out]
+    row.silent = silent(built, {member.tensor for site in sites.values() for member in site.members}.union(
+        *(entry.tensors for entry in sites.left_out)))
     units = random_units(sites)
     row.kept = [len(ids) for ids in units.values()]
     everything = {name: torch.arange(site.width) for name, site in sites.items()}
@@ -112,7 +118,7 @@ def run(built: Built, model: PreTrainedModel) -> list[Tensor]:
 
 def main(chosen: Sequence[str]) -> None:
     """Print the rows of the chosen types, or of all: type, units of every site, query heads of a unit, the effect of
-    the mask, the errors (all units kept, sliced, reloaded), what is left out and why."""
+    the mask, the errors (all units kept, sliced, reloaded), what is left out and why, and what attends SILENTly."""
     for model_type in chosen or [name for name in model_types() if name not in NOT_BUILDABLE]:
         print(measured(model_type), flush=True)
 

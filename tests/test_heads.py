@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel, T5Config, T5EncoderModel
+from transformers import PretrainedConfig, PreTrainedModel, T5Config, T5EncoderModel
 
 import stt
 from stt.errors import InputError
@@ -25,8 +26,13 @@ from tests.architectures.matrix import masked as with_masked_neurons
 from tests.attention import masked, measured, random_units, run
 from tests.test_architectures import USED
 
-REFUSED = {"convnext": "none was recognised", "deepseek_v3": "a latent", "longformer": "was not executed",
-           "olmo2": "a norm across all heads"}
+REFUSED = {"convnext": "nothing in it attends", "deepseek_v3": "a latent", "longformer": "was not executed",
+           "olmo2": "a norm across all heads", "deepseek_v4": "in groups of channels", "jetmoe": "a stack of matrices",
+           "mobilevitv2": "weighted by itself", "mra": "cannot be followed", "perceiver": "never called",
+           "squeezebert": "in groups of channels", "wavlm": "inside one function of PyTorch",
+           "xlnet": "a stack of matrices"}
+LEFT_OUT = {  # beside sites
+    "canine": "a single position", "reformer": "cannot be followed", "siglip": "outside the repeated layers"}
 ONLY_TWO = {  # of few units one can be kept: of two, one
     "cohere2", "gemma", "gemma2", "gemma3_text", "glm4", "glm4_moe", "gpt_oss", "granite", "llama", "llama4_text",
     "mistral", "mixtral", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "starcoder2"}
@@ -42,6 +48,7 @@ TOLERANCE = 1e-5
 def test_sliced_is_masked_and_reloads(model_type: str) -> None:
     row = measured(model_type)
     assert not row.reason
+    assert not row.silent
     assert row.effect > 1e-4
     assert row.whole == 0.0
     assert row.sliced <= TOLERANCE
@@ -53,8 +60,14 @@ def test_sliced_is_masked_and_reloads(model_type: str) -> None:
 
 @pytest.mark.parametrize(("model_type", "reason"), REFUSED.items())
 def test_refused_with_the_reason(model_type: str, reason: str) -> None:
-    with pytest.raises(InputError, match=f"no attention site in .*{reason}"):
-        find_heads(build(model_type).model)
+    row = measured(model_type)
+    assert re.search(f"no attention site in .*{reason}", row.reason)
+    assert not row.silent
+
+
+@pytest.mark.parametrize(("model_type", "reason"), LEFT_OUT.items())
+def test_left_out_with_the_reason(model_type: str, reason: str) -> None:
+    assert any(reason in entry.reason for entry in find_heads(build(model_type).model).left_out)
 
 
 @pytest.mark.parametrize(("model_type", "structure"), STRUCTURES.items())
@@ -273,6 +286,75 @@ def test_layers_that_share_a_projection_are_refused() -> None:
     model.layers[1].k = model.layers[0].k
     with pytest.raises(InputError, match="layers.0.o: .* also used elsewhere; layers.1.o: .* also used elsewhere"):
         find_heads(model)
+
+
+def test_attention_of_a_class_that_hides_its_projections_is_named() -> None:
+    with pytest.raises(InputError, match="layers.0.attention: its projections are inside one function"):
+        find_heads(tiny.Toy(Opaque))
+
+
+class Opaque(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(tiny.HIDDEN, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x)[0]
+
+
+class Optional(nn.Module):
+    """Attends to something else if it is given that, and asks another expert if it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.other = (Attention(lambda x: x.unflatten(-1, (-1, tiny.HIDDEN // 2))) for _ in range(2))
+        self.expert, self.idle = (nn.Sequential(nn.Linear(tiny.HIDDEN, tiny.HIDDEN)) for _ in range(2))
+
+    def forward(self, x: Tensor, state: Tensor | None = None, is_hard: bool = False) -> Tensor:
+        x = self.expert(self.own(x))
+        if state is not None:
+            x = self.other(x + state)
+        return self.idle(x) if is_hard else x
+
+
+def test_attention_that_was_never_called_is_named() -> None:
+    """An idle expert is not."""
+    sites = find_heads(tiny.Toy(Optional))
+    assert list(sites) == ["layers.0.own", "layers.1.own"]
+    assert [entry.name for entry in sites.left_out] == ["layers.0.other", "layers.1.other"]
+    assert all("never called by the dummy input" in entry.reason for entry in sites.left_out)
+
+
+class OnlyHeads(tiny.Toy):
+    """A model with attention alone."""
+
+    def __init__(self, config: PretrainedConfig | None = None):
+        super().__init__(lambda: Attention(lambda x: x.unflatten(-1, (-1, tiny.HIDDEN // 2))))
+        self.config = config or self.config
+        self.post_init()
+
+
+@torch.no_grad()
+def test_a_model_without_feed_forward_sites(tmp_path: Path) -> None:
+    model, ids = OnlyHeads(), torch.arange(3, 13).view(2, 5)
+    sites, dense = find_heads(model), copy.deepcopy(model)
+    with pytest.raises(InputError, match="no feed-forward site"):
+        find_sites(model)
+    units = {"layers.0": torch.tensor([1]), "layers.1": torch.tensor([0])}
+    sliced = stt.apply(model, units)
+    expected = masked(dense, sites, units)(ids)["logits"]
+    assert difference([sliced(ids)["logits"]], [expected]) <= TOLERANCE
+    assert difference([expected], [dense(ids)["logits"]]) > 1e-3
+    sliced.save_pretrained(tmp_path)
+    assert torch.equal(OnlyHeads.from_pretrained(tmp_path)(ids)["logits"], sliced(ids)["logits"])
+    sliced.layers[0].o.weight += 1.0
+    stt.restore(sliced, dense)
+    assert torch.equal(dense.layers[0].o.weight[:, 16:], sliced.layers[0].o.weight)
+
+
+def test_a_selection_for_a_model_with_neither() -> None:
+    with pytest.raises(InputError, match="no feed-forward site"):
+        stt.apply(build("resnet").model, {"layers.0": torch.tensor([0])})
 
 
 def test_a_batch_that_does_not_fit() -> None:

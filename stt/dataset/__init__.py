@@ -31,7 +31,7 @@ __all__ = ["Encoded", "Example", "Task", "dev_split", "encode", "encode_all", "l
            "read_own", "selection_subset", "task_names", "tokenised"]
 
 # files of this folder that are no task: their names start so
-SHARED = ("base", "chat", "kinship", "multiple_choice", "own")
+SHARED = ("base", "chat", "classification", "kinship", "multiple_choice", "own")
 
 
 def task_names() -> list[str]:

@@ -22,6 +22,7 @@ VALIDATION_SHARE = 0.1   # of train, when the data has no validation split
 SPLIT_FILES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 
 Item = TypeVar("Item")   # an example, or what becomes one (stt/dataset/own.py)
+SomeData = TypeVar("SomeData", bound="Data")
 Row = Mapping[str, object]
 Encoded = dict[str, list[int]]  # input_ids and labels (IGNORED: not trained on) of what is read at once
 Splits = dict[str, list[tuple[str, Row]]]  # split -> (where the row stands, the row); "where" begins every complaint
@@ -48,13 +49,19 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Task(Generic[Item]):
-    """A task's data, and how a label is read out of a response (None: the response names no label)."""
+class Data(Generic[Item]):
+    """The three splits of a task."""
 
     name: str
     train: list[Item]
     validation: list[Item]
     test: list[Item]
+
+
+@dataclass(frozen=True)
+class Task(Data[Item]):
+    """A task's data, and how a label is read out of a response (None: the response names no label)."""
+
     extract: Callable[[str, Example], str | None]
     max_new_tokens: int
     stop_ids: tuple[int, ...] = ()  # tokens that end an answer, besides the tokenizer's end token
@@ -175,7 +182,7 @@ def selection_subset(examples: Sequence[Example], ratio: float, seed: int) -> li
     return split_off(examples, max(1, round(ratio * len(examples))), seed)[0]
 
 
-def dev_split(task: Task[Item], fraction: float, seed: int) -> Task[Item]:
+def dev_split(task: SomeData, fraction: float, seed: int) -> SomeData:
     """The task with a random `fraction` of train as its test set (`--dev_mode`): the real test set is not in it."""
     if not 0 < fraction < 1:
         raise InputError(f"the part of train held out by --dev_mode must be in (0, 1), got {fraction}.")
@@ -187,7 +194,7 @@ def dev_split(task: Task[Item], fraction: float, seed: int) -> Task[Item]:
     return replace(task, train=train, test=test)
 
 
-def limit(task: Task[Item], train_size: int, seed: int) -> Task[Item]:
+def limit(task: SomeData, train_size: int, seed: int) -> SomeData:
     """The task with `train_size` random training examples; 0 = all. A bigger size only adds to a smaller one."""
     if train_size < 0:
         raise InputError(f"train_size must be 0 (all) or more, got {train_size}.")

@@ -68,19 +68,19 @@ def _measure(model: PreTrainedModel, batch: Mapping[str, Tensor], new_tokens: in
         rows, length = ids.shape
         mask = torch.cat([mask, mask.new_ones(rows, new_tokens)], dim=1)               # (B, T + new)
         last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-        start = _now(device)
+        start = now(device)
         out = model(input_ids=ids, attention_mask=mask[:, :length], use_cache=True, **last_only)
-        prefilled = _now(device)
+        prefilled = now(device)
         for step in range(1, new_tokens + 1):
             token = out.logits[:, -1:].argmax(-1)                                      # (B, 1)
             out = model(input_ids=token, attention_mask=mask[:, :length + step], past_key_values=out.past_key_values,
                         use_cache=True)
-        seconds = _now(device) - prefilled
+        seconds = now(device) - prefilled
     return {"prefill_seconds": prefilled - start, "decode_tokens_per_second": rows * new_tokens / seconds,
             "latency_seconds_per_token": seconds / new_tokens}
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     """Seconds, once the device has finished all it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

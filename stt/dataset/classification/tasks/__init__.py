@@ -1,0 +1,1 @@
+"""One classification task is one file here."""
