@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -21,6 +21,8 @@ from stt.selection import Selection
 from stt.surgery import count_parameters
 from util.utils import set_seed
 
+Log = Callable[..., None]
+
 
 class Bench(Protocol):
     """What differs between the recipes: the model, its data, its loss and what is right."""
@@ -28,6 +30,10 @@ class Bench(Protocol):
     args: RunArgs
     tokenizer: PreTrainedTokenizerBase | None
     select_on: str  # the part of an example that a selection looks at
+    trained_on: int  # examples
+    validated_on: int
+    majority: float | None  # share of the test items that have the most frequent training label
+    is_tied: bool  # whether the head is the input embedding
 
     def load(self, seed: int) -> PreTrainedModel:
         """The dense model."""
@@ -38,7 +44,7 @@ class Bench(Protocol):
     def arguments(self, args: RunArgs, folder: Path) -> TrainingArguments:
         """What Trainer is told; nothing is saved or evaluated on the way."""
 
-    def train(self, model: PreTrainedModel, arguments: TrainingArguments) -> None:
+    def train(self, model: PreTrainedModel, arguments: TrainingArguments, log: Log) -> None:
         """Train what requires gradients."""
 
     def correct(self, model: PreTrainedModel, split: str) -> list[bool]:
@@ -48,23 +54,24 @@ class Bench(Protocol):
         """Further numbers of a trained model."""
 
 
-def run(bench: Bench, cell: Cell) -> Row:
-    """The row of a cell: trained, and measured on the validation data if it is a trial, else on the test data."""
+def run(bench: Bench, cell: Cell, log: Log) -> Row:
+    """The row of a cell: trained, and measured on the validation data if it is a trial, else on the test data. Steps
+    of the training go to `log`."""
     args, arm, started = replace(bench.args, lr=cell.lr, seed=cell.seed), cell.arm, time.perf_counter()
     set_seed(args.seed)
     model, selection, row = bench.load(args.seed), None, {}
     if arm.is_cut_after:
         _prepare(args, modes.MODES["baseline"], model, None)
-        _train(bench, args, model)
+        _train(bench, args, model, log)
         args = replace(args, lr=args.recovery_lr, num_epoch=1, train_batch=max(1, args.train_batch // 2),
                        gradient_accumulation_steps=2 * args.gradient_accumulation_steps)
     if arm.cuts:
-        selection = select(bench, arm, model, args.seed)
+        selection, _ = select(bench, arm, model, args.seed)
     _prepare(args, arm.mode, model, selection, arm.tune_attn)
     if arm.is_cut_after and not cell.is_trial:
         row["accuracy_cut"] = _share(bench.correct(model, "test"))
     counts = count_parameters(model)
-    _train(bench, args, model)
+    _train(bench, args, model, log)
     modes.merge_adapters(model)
     correct = bench.correct(model, "validation" if cell.is_trial else "test")
     row |= {"accuracy": _share(correct), "n": len(correct)}
@@ -74,30 +81,42 @@ def run(bench: Bench, cell: Cell) -> Row:
     return row | {"seconds": round(time.perf_counter() - started, 1)}
 
 
-def select(bench: Bench, arm: Arm, model: PreTrainedModel, seed: int) -> Selection:
-    """What the arm keeps of the model: as many units of every site as STT does on the run's own data."""
+def select(bench: Bench, arm: Arm, model: PreTrainedModel, seed: int) -> tuple[Selection, dict[str, dict[str, int]]]:
+    """What the arm keeps of the model, as many units of every site as STT does on the run's own data; and what chose
+    them, where that is STT itself."""
     args = bench.args
     size = Budget(args.topk_ratio, args.keep_ratio if arm.keep_ratio is None else arm.keep_ratio, width=args.width,
                   multiple_of=args.multiple_of)
-
-    def chosen(mode: modes.Mode, size: Budget, batches: Sequence[Batch], threshold: float,
-               compensate: str) -> Selection:
-        return modes.select_units(mode, model, batches, bench.tokenizer, size, threshold, seed, args.count_padding,
-                                  bench.select_on, compensate, args.min_tokens)[0]
-
-    if arm.own_data:
-        usual = chosen(modes.MODES["stt"], size, bench.batches(None, seed, False), args.active_threshold, "none")
-        size = replace(size, keep_ratio=None, counts={site: len(ids) for site, ids in usual.items()})
+    compensate = args.compensate or "none"
+    if not arm.own_data:
+        return _units(bench, arm.mode, model, size, bench.batches(None, seed, False), args.active_threshold, seed,
+                      compensate)
+    usual, _ = _units(bench, modes.MODES["stt"], model, size, bench.batches(None, seed, False), args.active_threshold,
+                      seed, "none")
+    size = replace(size, keep_ratio=None, counts={site: len(ids) for site, ids in usual.items()})
     threshold = args.active_threshold if arm.threshold is None else arm.threshold
     batches = bench.batches(arm.sample_ratio, seed, arm.from_source)
-    return chosen(arm.mode, size, batches, threshold, args.compensate or "none")
+    return _units(bench, arm.mode, model, size, batches, threshold, seed, compensate)[0], {}
 
 
-def overlaps(bench: Bench, arms: Sequence[Arm], seed: int) -> dict[str, Selection]:
-    """The selection of every arm that cuts the dense model (those that train it first cut another one)."""
+def _units(bench: Bench, mode: modes.Mode, model: PreTrainedModel, size: Budget, batches: Sequence[Batch],
+           threshold: float, seed: int, compensate: str) -> tuple[Selection, dict[str, dict[str, int]]]:
+    return modes.select_units(mode, model, batches, bench.tokenizer, size, threshold, seed, bench.args.count_padding,
+                              bench.select_on, compensate, bench.args.min_tokens)
+
+
+def selections(bench: Bench, arms: Sequence[Arm], seed: int) -> tuple[dict[str, Selection], list[dict[str, object]]]:
+    """The selection of every arm that cuts the dense model (those that train it first cut another one), and the sites
+    of the first by STT with what chose their units."""
     cutting = [arm for arm in arms if arm.cuts and not arm.is_cut_after]
     model = bench.load(seed) if cutting else None
-    return {arm.label: select(bench, arm, model, seed) for arm in cutting}
+    found, sites = {}, []
+    for arm in cutting:
+        found[arm.label], composition = select(bench, arm, model, seed)
+        if composition and not sites:
+            sites = [{"name": name, "width": found[arm.label].widths[name], "kept": len(ids), **composition[name]}
+                     for name, ids in found[arm.label].items()]
+    return found, sites
 
 
 def mean_over_sites(by_site: Mapping[str, float]) -> float:
@@ -111,10 +130,10 @@ def _prepare(args: RunArgs, mode: modes.Mode, model: PreTrainedModel, selection:
     modes.prepare(mode, model, selection, lora, args.head, tune_attn)
 
 
-def _train(bench: Bench, args: RunArgs, model: PreTrainedModel) -> None:
+def _train(bench: Bench, args: RunArgs, model: PreTrainedModel, log: Log) -> None:
     with tempfile.TemporaryDirectory() as folder:
         arguments = bench.arguments(args, Path(folder))
-        bench.train(model, replace(arguments, save_strategy="no", eval_strategy="no"))
+        bench.train(model, replace(arguments, save_strategy="no", eval_strategy="no"), log)
 
 
 def _share(correct: Sequence[bool]) -> float:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from stt import plots
@@ -52,7 +52,3 @@ def comparison(lines: Sequence[Line], title: str, majority: float | None, path: 
             for line in lines]
     plots.comparison({title: (bars, majority)}, path)
 
-
-def jaccard_matrix(selections: Mapping[str, Mapping[str, float]]) -> list[list[float]]:
-    """The values of a square table by name and name, in its order."""
-    return [[selections[a][b] for b in selections] for a in selections]

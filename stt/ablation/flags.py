@@ -52,8 +52,9 @@ class AblationFlags:
     """thresholds of mode ns_sigma; the default are those of the published decoder and encoder scripts"""
     active_sample_ratios: Annotated[str, arg(metavar="A,B,...")] = "0.01,0.02,0.05,0.1"
     """shares of the training examples that the selection looks at, in modes ns_activeset and calibration"""
-    recovery_lr: Annotated[float, arg(aliases=("--recovery_learning_rate",))] = 1e-5
-    """step size of the epoch after the cut, in modes mag_tp and wanda_tp"""
+    recovery_lr: Annotated[float | None, arg(aliases=("--recovery_learning_rate",), metavar="FLOAT")] = None
+    """step size of the epoch after the cut, in modes mag_tp and wanda_tp (default: 1e-3 for a shipped model, 1e-5 for
+    others)"""
 
     def check_ablation(self) -> None:
         """Raises InputError for what no ablation can be made of."""
@@ -66,15 +67,22 @@ class AblationFlags:
         for name, check in (("lrs", ABOVE_0), ("keep_ratios", IN_01), ("active_thresholds", FINITE),
                             ("active_sample_ratios", IN_01)):
             numbers(name, getattr(self, name), check)
-        if self.lr is not None and self.lrs is not None:
-            raise InputError("lr is one step size for every mode and lrs are several to choose from; give one of them.")
         if self.keep_ratio is not None and self.keep_ratios is not None:
             raise InputError("keep_ratio and keep_ratios say how much is kept; give one of them.")
-        if self.seed + (self.seeds or 1) > TRIAL_SEED:
-            raise InputError(f"seed and seeds must stay below {TRIAL_SEED}, which the trials use, got {self.seed} and "
-                             f"{self.seeds}")
+        self._check_transfer()
         if self.mode is not None and set(ALONE) & set(self.mode.split(",")) and self.mode not in ALONE:
             raise InputError(f"mode {ALONE[0]} trains nothing and stands alone, got {self.mode!r}")
+
+    def _check_transfer(self) -> None:
+        """No transfer without a source, and no source without a transfer."""
+        transfers = self.mode is not None and "transfer" in self.mode.split(",")
+        if transfers and self.source_task is None:
+            raise InputError("mode transfer selects on the data of another task: say which with --source_task "
+                             "NAME (and --source_dir).")
+        for name in ("source_task", "source_dir", "source_ratio"):
+            if getattr(self, name) is not None and not transfers:
+                raise InputError(f"{name} is about the data that mode transfer selects on; add that mode, or leave it "
+                                 "out.")
 
 
 def numbers(name: str, text: str | None, check: Check) -> tuple[float, ...]:
@@ -92,7 +100,9 @@ def numbers(name: str, text: str | None, check: Check) -> tuple[float, ...]:
 
 
 def one_step_size(args: Args) -> Args:
-    """`args` with `--lr X` as the only one of `lrs`: it is taken, not tried."""
+    """`args` with `--lr X` as the only one of `lrs`: it is taken, not tried. Raises InputError if both are given."""
+    if args.lr is not None and args.lrs is not None:
+        raise InputError("lr is one step size for every mode and lrs are several to choose from; give one of them.")
     return args if args.lr is None else replace(args, lr=None, lrs=repr(args.lr))
 
 

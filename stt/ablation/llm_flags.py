@@ -8,14 +8,13 @@ from tyro.conf import arg
 
 from stt import arguments
 from stt.ablation.flags import AblationFlags, new_stories, one_step_size, run_name
-from stt.errors import InputError
 from stt.llm_arguments import LLMArgs, resolved
 
 # What `None` stands for: minutes with the shipped model; with a real one what was published, and enough runs.
 QUICK = {"mode": "stt,magnitude_pruning,random", "lrs": "3e-4,1e-3,3e-3,1e-2", "seeds": 1, "num_epoch": 1,
-         "train_size": 1280, "train_batch": 32, "schedule": True}
-REAL = {"mode": "baseline", "lrs": "1e-5,3e-5,1e-4,3e-4", "seeds": 5, "num_epoch": 10, "train_size": 0,
-        "train_batch": 8, "schedule": False}
+         "train_size": 1280, "train_batch": 32, "schedule": True, "recovery_lr": 1e-3}
+REAL = {"mode": "baseline", "lrs": "1e-5,3e-5,1e-4,3e-4", "seeds": 5, "num_epoch": 10,
+        "train_size": 0, "train_batch": 8, "schedule": False, "recovery_lr": 1e-5}
 
 
 def _open(name: str, metavar: str, *aliases: str) -> object:
@@ -37,7 +36,7 @@ class LLMAblationArgs(AblationFlags, LLMArgs):
 
     mode: Annotated[str | None, _open("mode", "A,B,...")] = None
     """what to compare, separated by commas: baseline (= finetune) | lora | stt | stt_lora | stt_attn |
-    magnitude_pruning | wanda_adapt | gateprod | activation_mean_value | activation_rate | random | the name of a score |
+    magnitude_pruning | wanda_adapt | gateprod | activation_mean_value | activation_rate | random | a score's name |
     mag_tp | wanda_tp | ns_activeset | ns_sigma | transfer | scores (stt and all it must beat) | calibration"""
     lr: Annotated[float | None, arg(aliases=("--learning_rate",), metavar="FLOAT")] = None
     """one step size for every mode, without trials"""
@@ -59,17 +58,6 @@ class LLMAblationArgs(AblationFlags, LLMArgs):
         super().__post_init__()
         self.check_ablation()
         arguments.check_ranges(self, ((("source_ratio",), lambda x: 0 < x <= 1, "in (0, 1]"),))
-        check_source(self)
-
-
-def check_source(args: LLMAblationArgs) -> None:
-    """Raises InputError for a transfer without a source, or a source without a transfer."""
-    transfers = args.mode is not None and "transfer" in args.mode.split(",")
-    if transfers != (args.source_task is not None):
-        missing = "source_task" if transfers else "mode transfer"
-        raise InputError(f"mode transfer selects on the data of source_task, and {missing} is not given; give both.")
-    if args.source_task is None and (args.source_dir is not None or args.source_ratio is not None):
-        raise InputError("source_dir and source_ratio are about the data of source_task, and that is not given.")
 
 
 def resolve(args: LLMAblationArgs) -> LLMAblationArgs:

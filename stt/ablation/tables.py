@@ -5,7 +5,7 @@ import csv
 import io
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from stt.ablation.arms import Arm
 from stt.ablation.cells import Cells
@@ -43,8 +43,8 @@ def _line(cells: Cells, arm: Arm, reference: Arm) -> Line:
         difference = paired_difference(cells.correct(arm)[list(ours)], cells.correct(reference)[list(others)])
     names = ("kept", "trained", "trained_without_head", "perplexity", "accuracy_cut", "seconds")
     numbers = {name: tuple(row[name] for row in rows if name in row) for name in names}
-    against = None if difference is None else reference.label
-    return Line(arm.label, arm.name, rows[0]["lr"], tuple(row["accuracy"] for row in rows), numbers, against, difference)
+    accuracy = tuple(row["accuracy"] for row in rows)
+    return Line(arm.label, arm.name, rows[0]["lr"], accuracy, numbers, difference and reference.label, difference)
 
 
 def table(lines: Sequence[Line]) -> list[list[str]]:
@@ -93,7 +93,7 @@ def notes(lines: Sequence[Line]) -> list[str]:
     found = [f"{line.label} {_points(line.difference)}" for line in compared
              if line.difference.low > 0 or line.difference.high < 0]
     least, most = min(detectable), max(detectable)
-    return [f"Differences and intervals are in points of accuracy, paired by seed and item; the bootstrap is over {over}. "
+    return [f"Differences and intervals are in points of accuracy, paired by seed and item; bootstrap over {over}. "
             f"**Minimum detectable difference: {least:.1f}{'' if len(detectable) == 1 else f' to {most:.1f}'} points** "
             "(95 % intervals, found in 4 of 5 repetitions); smaller ones cannot be told from none.",
             f"Intervals that leave out 0: {', '.join(found) or 'none'}, of {len(compared)}. Each is right 95 times in "
@@ -120,8 +120,8 @@ def latex(lines: Sequence[Line]) -> str:
     """A plain tabular."""
     head, *body = ([cell.translate(LATEX) for cell in row] for row in table(lines))
     rows = [f"{' & '.join(row)} \\\\" for row in body]
-    return "\n".join([f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}", "\\hline", f"{' & '.join(head)} \\\\", "\\hline",
-                      *rows, "\\hline", "\\end{tabular}", ""])
+    return "\n".join([f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}", "\\hline", f"{' & '.join(head)} \\\\",
+                      "\\hline", *rows, "\\hline", "\\end{tabular}", ""])
 
 
 def comma_separated(lines: Sequence[Line]) -> str:
@@ -129,12 +129,12 @@ def comma_separated(lines: Sequence[Line]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = list(lines[0].numbers)
-    writer.writerow(["mode", "lr", "seeds", "accuracy", "accuracy_sd", "against", "difference", "low", "high", "detectable",
-                     *names])
+    writer.writerow(["mode", "lr", "seeds", "accuracy", "accuracy_sd", "against", "difference", "low", "high",
+                     "detectable", *names])
     for line in lines:
         gap = line.difference
         sd = statistics.stdev(line.accuracy) if len(line.accuracy) > 1 else ""
-        writer.writerow([line.label, line.lr, len(line.accuracy), statistics.mean(line.accuracy), sd, line.against or "",
-                         *(("",) * 4 if gap is None else (gap.mean, gap.low, gap.high, gap.detectable)),
+        writer.writerow([line.label, line.lr, len(line.accuracy), statistics.mean(line.accuracy), sd,
+                         line.against or "", *(astuple(gap) if gap else ("",) * 4),
                          *(statistics.mean(values) if values else "" for values in line.numbers.values())])
     return text.getvalue()
