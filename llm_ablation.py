@@ -109,7 +109,7 @@ class LLMBench:
     def encoded(self) -> list[Encoded]:
         return self._rows(self.task.train)
 
-    def load(self, seed: int) -> PreTrainedModel:  # noqa: ARG002
+    def load(self, seed: int) -> PreTrainedModel:
         from stt.loading import load_model
 
         return load_model(self.args.model, self.judge.autocast_dtype, self.device)
