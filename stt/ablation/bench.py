@@ -59,9 +59,10 @@ def run(bench: Bench, cell: Cell, log: Log) -> Row:
     of the training go to `log`."""
     args, arm, started = replace(bench.args, lr=cell.lr, seed=cell.seed), cell.arm, time.perf_counter()
     set_seed(args.seed)
-    model, selection, row = bench.load(args.seed), None, {}
+    model, selection, counts, row = bench.load(args.seed), None, {}, {}
     if arm.is_cut_after:
         _prepare(args, modes.MODES["baseline"], model, None)
+        counts = count_parameters(model)  # the most that is trained
         _train(bench, args, model, log)
         args = replace(args, lr=args.recovery_lr, num_epoch=1, train_batch=max(1, args.train_batch // 2),
                        gradient_accumulation_steps=2 * args.gradient_accumulation_steps)
@@ -70,7 +71,7 @@ def run(bench: Bench, cell: Cell, log: Log) -> Row:
     _prepare(args, arm.mode, model, selection, arm.tune_attn)
     if arm.is_cut_after and not cell.is_trial:
         row["accuracy_cut"] = _share(bench.correct(model, "test"))
-    counts = count_parameters(model)
+    counts = counts or count_parameters(model)
     _train(bench, args, model, log)
     modes.merge_adapters(model)
     correct = bench.correct(model, "validation" if cell.is_trial else "test")

@@ -89,14 +89,14 @@ def fill(cells: Cells, arms: Sequence[Arm], lrs: Sequence[float], seeds: Sequenc
     """Every cell that has no row yet: all trials, then seed by seed all modes, so that an ablation that is stopped is
     balanced. A single step size needs no trial."""
     trials = [Cell(arm, lr, TRIAL_SEED) for arm in arms for lr in lrs] if len(lrs) > 1 else []
-    total = len(trials) + len(arms) * len(seeds)
-    with tqdm(total=total, desc="cells", unit="cell", disable=None) as bar:
+    labels, total = {arm.label for arm in arms}, len(trials) + len(arms) * len(seeds)
+    done = sum(mode in labels and (seed in seeds or seed == TRIAL_SEED) for mode, _, seed in cells.rows)
+    with tqdm(total=total, initial=done, desc="cells", unit="cell", disable=None) as bar:
         for cell in _in_order(cells, arms, lrs, seeds, trials):
-            bar.set_postfix_str(f"{cell.arm.label} lr {cell.lr:g} {'trial' if cell.is_trial else f'seed {cell.seed}'}")
             if cell.key in cells.rows:
-                bar.initial += 1  # took no time
-            else:
-                cells.add(cell, _trial(run, cell) if cell.is_trial else run(cell))
+                continue
+            bar.set_postfix_str(f"{cell.arm.label} lr {cell.lr:g} {'trial' if cell.is_trial else f'seed {cell.seed}'}")
+            cells.add(cell, _trial(run, cell) if cell.is_trial else run(cell))
             bar.update()
 
 

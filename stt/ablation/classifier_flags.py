@@ -61,8 +61,8 @@ class ClassifierAblationArgs(AblationFlags, ClassifierArgs):
                                  "leave it out.")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self.check_ablation()
+        super().__post_init__()
 
 
 def resolve(args: ClassifierAblationArgs) -> ClassifierAblationArgs:

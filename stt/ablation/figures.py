@@ -8,7 +8,7 @@ from pathlib import Path
 from stt import plots
 from stt.ablation.tables import Line
 
-COLOURS = (*plots.MODE_COLOURS.values(), plots.TEAL, plots.AMBER, plots.MUTED)
+OTHERS = ("#dc2626", "#0d9488", "#a16207", "#4f46e5", "#65a30d", "#78716c", "#a21caf", "#0369a1")  # no mode's colour
 
 
 def accuracy_by_kept(lines: Sequence[Line], path: str | Path) -> None:
@@ -16,13 +16,14 @@ def accuracy_by_kept(lines: Sequence[Line], path: str | Path) -> None:
     curves: dict[str, list[Line]] = {}
     for line in lines:
         curves.setdefault(line.mode, []).append(line)
+    unnamed = [mode for mode in curves if mode not in plots.MODE_COLOURS]
+    colours = plots.MODE_COLOURS | {mode: OTHERS[place % len(OTHERS)] for place, mode in enumerate(unnamed)}
     with plots.figure(path, 3.6) as (_, axes):
-        for number, (mode, of_mode) in enumerate(curves.items()):
+        for mode, of_mode in curves.items():
             points = sorted((statistics.mean(line.numbers["kept"]), statistics.mean(line.accuracy),
                              statistics.stdev(line.accuracy) if len(line.accuracy) > 1 else 0.0) for line in of_mode)
             kept, accuracy, deviation = zip(*points, strict=True)
-            colour = plots.MODE_COLOURS.get(mode, COLOURS[number % len(COLOURS)])
-            axes.errorbar(kept, accuracy, yerr=deviation, color=colour, marker="o", markersize=5, linewidth=1.6,
+            axes.errorbar(kept, accuracy, yerr=deviation, color=colours[mode], marker="o", markersize=5, linewidth=1.6,
                           capsize=3, label=mode)
         axes.set_title("Test accuracy by share kept")
         axes.set_xlabel("share of units kept")

@@ -11,7 +11,7 @@ from stt.ablation.flags import AblationFlags, new_stories, one_step_size, run_na
 from stt.llm_arguments import LLMArgs, resolved
 
 # What `None` stands for: minutes with the shipped model; with a real one what was published, and enough runs.
-QUICK = {"mode": "stt,magnitude_pruning,random", "lrs": "3e-4,1e-3,3e-3,1e-2", "seeds": 1, "num_epoch": 1,
+QUICK = {"mode": "stt,magnitude_pruning,random", "lrs": "1e-3,3e-3,1e-2,3e-2", "seeds": 1, "num_epoch": 1,
          "train_size": 1280, "train_batch": 32, "schedule": True, "recovery_lr": 1e-3}
 REAL = {"mode": "baseline", "lrs": "1e-5,3e-5,1e-4,3e-4", "seeds": 5, "num_epoch": 10,
         "train_size": 0, "train_batch": 8, "schedule": False, "recovery_lr": 1e-5}
@@ -55,8 +55,8 @@ class LLMAblationArgs(AblationFlags, LLMArgs):
         """The modes are looked up when the library is loaded (ablation/arms.py)."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self.check_ablation()
+        super().__post_init__()
         arguments.check_ranges(self, ((("source_ratio",), lambda x: 0 < x <= 1, "in (0, 1]"),))
 
 

@@ -87,17 +87,18 @@ def notes(lines: Sequence[Line]) -> list[str]:
     compared = [line for line in lines if line.difference is not None]
     if not compared:
         return ["One mode: there is nothing to compare it with."]
-    detectable = [100 * line.difference.detectable for line in compared]
+    sizes = sorted({float(_detectable(line.difference)) for line in compared})
+    detectable = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
     seeds = min(len(line.accuracy) for line in lines)
     over = "the test items alone (one seed says nothing about other seeds)" if seeds == 1 else "seeds and test items"
     found = [f"{line.label} {_points(line.difference)}" for line in compared
              if line.difference.low > 0 or line.difference.high < 0]
-    least, most = min(detectable), max(detectable)
     return [f"Differences and intervals are in points of accuracy, paired by seed and item; bootstrap over {over}. "
-            f"**Minimum detectable difference: {least:.1f}{'' if len(detectable) == 1 else f' to {most:.1f}'} points** "
-            "(95 % intervals, found in 4 of 5 repetitions); smaller ones cannot be told from none.",
+            f"**Minimum detectable difference: {detectable} points** (95 % intervals, found in 4 of 5 repetitions); "
+            "smaller ones cannot be told from none.",
             f"Intervals that leave out 0: {', '.join(found) or 'none'}, of {len(compared)}. Each is right 95 times in "
-            f"100 by itself; {0.05 * len(compared):.2g} of {len(compared)} would leave out 0 if nothing differed."]
+            f"100 by itself; {0.05 * len(compared):.2g} of {len(compared)} would leave out 0 on average "
+            "if nothing differed."]
 
 
 def at_edge(lines: Sequence[Line], lrs: Sequence[float]) -> list[str]:
