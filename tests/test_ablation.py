@@ -50,6 +50,8 @@ PUBLISHED = {
 @pytest.mark.parametrize("cls", PUBLISHED)
 def test_published_flags(cls: type) -> None:
     args = cli.read_args(cls, PUBLISHED[cls].split())
+    assert cli.read_args(cls, ["--active_thresholds=-0.1,2"]).active_thresholds == "-0.1,2"
+    assert cli.read_args(cls, ["--active_thresholds", "-0.1,2"]).active_thresholds == "-0.1,2"
     assert (args.topk_ratio, args.recovery_lr, args.tune_attn, args.dev_mode) == (0.3, 1e-5, True, True)
 
 
@@ -128,6 +130,11 @@ def test_arms() -> None:
     scores = arms.find(["scores", "contribution"], (), (), (), False)
     assert [arm.mode.score for arm in scores] == ["stt", "activation_mean", "activation_rate", "magnitude", "wanda",
                                                   "gate_product", "taylor", "random", "contribution"]
+
+
+def test_the_page_explains_every_mode() -> None:
+    page = (CHECKOUT / "docs" / "ablations.md").read_text(encoding="utf-8")
+    assert not [name for name in (*arms.ARMS, *arms.GROUPS, arms.CALIBRATION) if f"`{name}`" not in page]
 
 
 def test_reference_keeps_as_much() -> None:

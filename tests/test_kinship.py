@@ -288,6 +288,7 @@ def test_combinations_disjoint(script, tmp_path):
     (["--test", "many"], "--test must be a whole number, got 'many'"),
     (["--seed", "-1"], "--seed must be 0 or more"),
     (["--disjoint", "name"], "Did you mean 'names'"),
+    (["--apart_from", "nowhere"], "--apart_from must be a folder this program wrote"),
     (["--colour", "red"], "unknown flag '--colour'"),
     (["--disjoint", "names", "--hops", "2", "--test", "50000"], "ask for fewer"),
 ])
