@@ -25,7 +25,7 @@ from stt.ablation.llm_flags import LLMAblationArgs
 
 FILES = ("ablation.json", "args.json", "report.md", "table.csv", "table.tex", "plots/accuracy.png",
          "plots/accuracy_by_kept.png", "plots/composition.png")
-WHOLE = ("--mode", "stt,mag_tp", "--lrs", "1e-3,3e-3", "--seeds", "2")
+WHOLE = ("--mode", "stt_lora,mag_tp", "--lrs", "1e-3,3e-3", "--seeds", "2")
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_rows_and_files(whole: tuple[Path, list[tuple[int, str]]]) -> None:
     folder, looked_at = whole
     rows = rows_of(folder)
     assert [(row["mode"], row["seed"]) for row in rows] == [
-        *[("stt", TRIAL_SEED)] * 2, *[("mag_tp", TRIAL_SEED)] * 2, ("stt", 42), ("mag_tp", 42), ("stt", 43),
+        *[("stt_lora", TRIAL_SEED)] * 2, *[("mag_tp", TRIAL_SEED)] * 2, ("stt_lora", 42), ("mag_tp", 42), ("stt_lora", 43),
         ("mag_tp", 43)]
     assert set(looked_at) == {(TRIAL_SEED, "validation"), (42, "test"), (43, "test")}
     assert all((folder / "run" / name).stat().st_size for name in FILES)
@@ -93,8 +93,8 @@ def test_rows_and_files(whole: tuple[Path, list[tuple[int, str]]]) -> None:
 def test_a_cell_is_a_run_of_the_training_recipe(small: list[str], tmp_path: Path,
                                                 whole: tuple[Path, list[tuple[int, str]]]) -> None:
     """The same mode, step size and seed with train_llm.py: the same answers, the same perplexity, to the last digit."""
-    row = next(row for row in rows_of(whole[0]) if (row["mode"], row["seed"]) == ("stt", 42))
-    assert train(small, tmp_path, "--num_epoch", "1", "--mode", "stt", "--lr", str(row["lr"]), "--seed", "42") == 0
+    row = next(row for row in rows_of(whole[0]) if (row["mode"], row["seed"]) == ("stt_lora", 42))
+    assert train(small, tmp_path, "--num_epoch", "1", "--mode", "stt_lora", "--lr", str(row["lr"]), "--seed", "42") == 0
     found = results_of(tmp_path)
     correct = [each["correct"] for each in json.loads((tmp_path / "run" / "outputs.json").read_text())]
     assert (row["accuracy"], row["correct"]) == (found["accuracy"]["test"], packed(correct))
