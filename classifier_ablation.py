@@ -61,7 +61,7 @@ def main(args: ClassifierAblationArgs) -> int:
     rows = (*bench.rows, *bench.judge.validation_rows, *bench.judge.test_rows)
     check_classifier(model, encoder.batch([max(rows, key=encoder.length)]))
     if any(arm.cuts for arm in plan.arms):
-        modes.check_sites(model, args.partial)
+        modes.check_sites(model, args.partial, args.units)
 
     # ---------------------------------------------------------------- train, measure, compare
     folder = study.open_folder(args)

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
     from stt.batches import Batch
     from stt.dataset import Encoded, Example, Task
+    from stt.distill import Teacher
     from stt.evaluate.llm import Judge
+    from stt.packing import Packing
 
 
 def main(args: LLMAblationArgs) -> int:
@@ -33,8 +35,10 @@ def main(args: LLMAblationArgs) -> int:
 
     from stt import modes
     from stt.ablation import study
+    from stt.distill import load_teacher
     from stt.evaluate.llm import Judge
     from stt.loading import check_decoder, compute_dtype, load_tokenizer
+    from stt.packing import find_packing
     from util.utils import pick_device
 
     if not sys.stderr.isatty():
@@ -53,7 +57,12 @@ def main(args: LLMAblationArgs) -> int:
     check_decoder(model, tokenizer)
     judge.check_lengths(model, bench.encoded)
     if any(arm.cuts for arm in plan.arms):
-        modes.check_sites(model, args.partial)
+        modes.check_sites(model, args.partial, args.units)
+    if args.pack:
+        bench = replace(bench, packing=find_packing(model, bench.encoded))
+    if args.distill != "none":
+        teacher = load_teacher(args.teacher, args.distill_weight, args.distill_temperature, model, tokenizer, dtype)
+        bench = replace(bench, teacher=teacher)
 
     # ---------------------------------------------------------------- train, measure, compare
     folder = study.open_folder(args)
@@ -72,6 +81,8 @@ class LLMBench:
     device: torch.device
     judge: Judge
     source: Task | None  # what mode transfer selects on
+    packing: Packing | None = None
+    teacher: Teacher | None = None
 
     @property
     def task(self) -> Task:
@@ -133,7 +144,7 @@ class LLMBench:
     def train(self, model: PreTrainedModel, arguments: TrainingArguments, log: Callable[..., None]) -> None:
         from stt.trainers.sft import train
 
-        train(model, self.encoded, self.tokenizer.pad_token_id, arguments, log)
+        train(model, self.encoded, self.tokenizer.pad_token_id, arguments, log, packing=self.packing, teach=self.teacher)
 
     def correct(self, model: PreTrainedModel, split: str) -> list[bool]:
         return [row["correct"] for row in self.judge.answers(model, getattr(self.task, split))]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from stt import cli, recipe
 from stt.classifier_arguments import ClassifierArgs, resolved
 from stt.errors import InputError
-from stt.recipe import GPU_MULTIPLE, SELECTION, kept_fraction, resumed_step, wandb
+from stt.recipe import GPU_MULTIPLE, SELECTION, kept_fractions, resumed_step, wandb
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 def main(args: ClassifierArgs) -> int:
     """One run, from the flags to the report; 0. Raises InputError before anything is written, TrainingFailed later."""
+    args = resolved(args)
+    if recipe.is_finished(Path(args.output_dir) / args.run_name, args):
+        return 0
     import transformers
 
     from stt import modes, report
@@ -42,13 +45,14 @@ def main(args: ClassifierArgs) -> int:
     from stt.surgery import count_parameters, pad_sites
     from stt.trainers.classify import train
     from util.clock import Clock
+    from util.files import writing
     from util.utils import RunFolder, peak_memory_bytes, pick_device, set_seed
 
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
 
     # ---------------------------------------------------------------- everything that can be wrong, before any write
-    args, device, clock = resolved(args), pick_device(), Clock()
+    device, clock = pick_device(), Clock()
     set_seed(args.seed)
     mode = modes.find(args.mode, args.score)
     run = RunFolder(Path(args.output_dir) / args.run_name, args.overwrite, args.resume)
@@ -68,7 +72,7 @@ def main(args: ClassifierArgs) -> int:
     # ---------------------------------------------------------------- select
     selection, sites, flops = None, [], {}
     if mode.score:
-        modes.check_sites(model, args.partial)
+        modes.check_sites(model, args.partial, args.units)
         selection, sites, flops["selection"] = select(args, mode, model, judge, run.path, clock)
     run.start(asdict(args), wandb(args), step)
     if selection is not None:
@@ -90,7 +94,7 @@ def main(args: ClassifierArgs) -> int:
     with clock.lap("evaluation"):
         modes.merge_adapters(model)
         flops["inference"] = judge.inference_flops(model)
-        parameters |= {"kept": count_parameters(model)["total"], "kept_fraction_of_units": kept_fraction(selection)}
+        parameters |= {"kept": count_parameters(model)["total"], **kept_fractions(selection)}
         pad_sites(model, GPU_MULTIPLE if device.type == "cuda" else 1)
         measured = judge.test(model, run.path)
         throughput = judge.throughput(model, is_sliced=selection is not None)
@@ -98,7 +102,8 @@ def main(args: ClassifierArgs) -> int:
             measured["accuracy"]["restored"] = judge.restored(model)
 
     # ---------------------------------------------------------------- ship and report
-    ship(model, encoder, run.path / "checkpoint", selection is not None)
+    with writing(run.path / "checkpoint", "the last checkpoint is kept"):
+        ship(model, encoder, run.path / "checkpoint", selection is not None)
     source = [] if args.source_task is None else [f"on {args.source_task}"]
     results = {
         "recipe": "train_classifier", **recipe.described(args, mode, task.name, device, *source), **measured,
@@ -144,6 +149,7 @@ def select(args: ClassifierArgs, mode: Mode, model: PreTrainedModel, judge: Clas
     """The selection, its sites for the record, and the FLOPs of making it."""
     from stt.dataset.classification import balanced_subset
     from stt.loading import check_classifier
+    from stt.selecting import measured_for
 
     task, ratio = judge.task, args.active_sample_ratio
     if args.source_task is not None:
@@ -153,8 +159,8 @@ def select(args: ClassifierArgs, mode: Mode, model: PreTrainedModel, judge: Clas
     batches = [judge.encoder.batch(part) for part in judge.batches(rows)]
     with clock.lap("selection"):
         selection, sites = recipe.select(args, mode, model, batches, None, folder)
-    methods = list(dict.fromkeys(["stt", mode.score]))
-    return selection, sites, judge.selection_flops(model, rows, methods, args.compensate or "none")
+    methods, head_score = measured_for(["stt", mode.score], args.units)
+    return selection, sites, judge.selection_flops(model, rows, methods, args.compensate or "none", head_score)
 
 
 def source(args: ClassifierArgs, modality: str) -> LabelTask:

@@ -1,11 +1,13 @@
 #!/usr/bin/env python
-"""Select-then-train a decoder: choose its neurons on a little data, train only those, measure, report.
+"""Select-then-train a decoder: choose its neurons or heads on a little data, train only those, measure, report.
 
 Without arguments: models/stt-tiny on the shipped CLUTRR data, offline. `python train_llm.py --help` explains the flags.
 """
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,37 +15,45 @@ from typing import TYPE_CHECKING
 from stt import cli, recipe
 from stt.errors import InputError
 from stt.llm_arguments import LLMArgs, resolved
-from stt.recipe import DEV_SHARE, GPU_MULTIPLE, SELECTION, kept_fraction, resumed_step, wandb
+from stt.recipe import DEV_SHARE, GPU_MULTIPLE, SELECTION, kept_fractions, resumed_step, wandb
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from stt.dataset import Task
+    from stt.dataset import Encoded, Task
     from stt.evaluate.llm import Judge
     from stt.modes import Mode
     from stt.selection import Selection
     from util.clock import Clock
 
+logger = logging.getLogger(__name__)
+
 
 def main(args: LLMArgs) -> int:
     """One run, from the flags to the report; 0. Raises InputError before anything is written, TrainingFailed later."""
+    args = resolved(args)
+    if recipe.is_finished(Path(args.output_dir) / args.run_name, args):
+        return 0
     import transformers
 
     from stt import modes, report
-    from stt.dataset import encode_all
+    from stt.dataset import encode_all, truncation
+    from stt.distill import load_teacher
     from stt.evaluate.llm import Judge
     from stt.loading import check_decoder, compute_dtype, load_model, load_tokenizer
+    from stt.packing import find_packing
     from stt.surgery import count_parameters, pad_sites
     from stt.trainers.loop import training_arguments
     from stt.trainers.sft import train
     from util.clock import Clock
+    from util.files import writing
     from util.utils import RunFolder, peak_memory_bytes, pick_device, set_seed
 
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
 
     # ---------------------------------------------------------------- everything that can be wrong, before any write
-    args, device, clock = resolved(args), pick_device(), Clock()
+    device, clock = pick_device(), Clock()
     set_seed(args.seed)
     mode = modes.find(args.mode, args.score)
     run = RunFolder(Path(args.output_dir) / args.run_name, args.overwrite, args.resume)
@@ -51,19 +61,23 @@ def main(args: LLMArgs) -> int:
     tokenizer = load_tokenizer(args.model)
     task = load_data(args, tokenizer)
     encoded, _ = encode_all(task.train, tokenizer, args.max_length, args.apply_chat_template)
+    lost = truncation(task, tokenizer, args.max_length, args.apply_chat_template)
     autocast_dtype = compute_dtype(args.precision, device)
     judge = Judge(args.model, task, tokenizer, read_text(args.ppl_text), args.eval_batch, args.max_length,
                   args.apply_chat_template, autocast_dtype)
     model = load_model(args.model, autocast_dtype, device)
     check_decoder(model, tokenizer)
     judge.check_lengths(model, encoded)
+    packing = find_packing(model, encoded) if args.pack else None
+    teacher = load_teacher(args.teacher, args.distill_weight, args.distill_temperature, model, tokenizer,
+                           autocast_dtype) if args.distill != "none" else None
     parameters = {"dense": count_parameters(model)["total"]}
     perplexity = {"dense": judge.perplexity(model)}
 
     # ---------------------------------------------------------------- select
     selection, sites, flops = None, [], {}
     if mode.score:
-        modes.check_sites(model, args.partial)
+        modes.check_sites(model, args.partial, args.units)
         selection, sites, flops["selection"] = select(args, mode, model, judge, run.path, clock)
     run.start(asdict(args), wandb(args), step)
     if selection is not None:
@@ -76,17 +90,21 @@ def main(args: LLMArgs) -> int:
     parameters |= {name: count for name, count in count_parameters(model).items() if name != "total"}
     perplexity |= {"sliced": judge.perplexity(model)} if selection is not None else {}
     flops["training"] = judge.training_flops(model, encoded, args.num_epoch)
-    validate = (lambda: judge.accuracy(model, task.validation)) if args.eval_epochs else None
+    flops |= {"teacher": teacher.flops(encoded, args.num_epoch)} if teacher else {}
+    validate = clock.timed("validation", lambda: judge.accuracy(model, task.validation)) if args.eval_epochs else None
     with clock.lap("training"):
         arguments = training_arguments(args, run.path, device, autocast_dtype, args.group_by_length)
-        train(model, encoded, tokenizer.pad_token_id, arguments, run.log, validate, args.resume, run.seconds)
+        train(model, encoded, tokenizer.pad_token_id, arguments, run.log, validate, args.resume, run.seconds,
+              packing, teacher)
     peak = peak_memory_bytes()
+
+    speed = training_speed(args, encoded, clock)
 
     # ---------------------------------------------------------------- measure
     with clock.lap("evaluation"):
         modes.merge_adapters(model)
         flops["inference"] = judge.inference_flops(model)
-        parameters |= {"kept": count_parameters(model)["total"], "kept_fraction_of_units": kept_fraction(selection)}
+        parameters |= {"kept": count_parameters(model)["total"], **kept_fractions(selection)}
         pad_sites(model, GPU_MULTIPLE if device.type == "cuda" else 1)
         accuracy, answer_loss = judge.test(model, run.path), judge.answer_loss(model)
         perplexity["trained"] = judge.perplexity(model)
@@ -95,10 +113,12 @@ def main(args: LLMArgs) -> int:
             accuracy["restored"] = judge.restored(model)
 
     # ---------------------------------------------------------------- ship and report
-    ship(model, judge, run.path / "checkpoint", selection is not None)
+    with writing(run.path / "checkpoint", "the last checkpoint is kept"):
+        ship(model, judge, run.path / "checkpoint", selection is not None)
     part = [] if args.select_on == "all" else [f"on the {args.select_on}"]
     results = {
         "recipe": "train_llm", **recipe.described(args, mode, task.name, device, *part), "accuracy": accuracy,
+        "truncation": {"max_length": args.max_length, **lost}, "training_tokens_per_second": speed,
         "answer_loss": answer_loss, "perplexity": perplexity, "parameters": parameters, "flops": flops,
         "throughput": throughput, "peak_memory_bytes": peak, "seconds": clock.seconds(), "sites": sites}
     report.write_report(run.path, results)
@@ -123,6 +143,7 @@ def select(args: LLMArgs, mode: Mode, model: PreTrainedModel, judge: Judge, fold
            clock: Clock) -> tuple[Selection, list[dict[str, object]], int]:
     """The selection, its sites for the record, and the FLOPs of making it."""
     from stt.dataset import encode_all, selection_subset
+    from stt.selecting import measured_for
     from stt.trainers.sft import collate
 
     examples = selection_subset(judge.task.train, args.active_sample_ratio, args.seed)
@@ -131,8 +152,20 @@ def select(args: LLMArgs, mode: Mode, model: PreTrainedModel, judge: Judge, fold
                for i in range(0, len(rows), args.eval_batch)]
     with clock.lap("selection"):
         selection, sites = recipe.select(args, mode, model, batches, judge.tokenizer, folder, args.select_on)
-    methods = list(dict.fromkeys(["stt", mode.score]))
-    return selection, sites, judge.selection_flops(model, rows, methods, args.compensate or "none")
+    methods, head_score = measured_for(["stt", mode.score], args.units)
+    return selection, sites, judge.selection_flops(model, rows, methods, args.compensate or "none", head_score)
+
+
+def training_speed(args: LLMArgs, encoded: Sequence[Encoded], clock: Clock) -> float | None:
+    """Tokens of the examples a second of training, padding and validation aside; None for a resumed run, part of which
+    another process did."""
+    if args.resume:
+        return None
+    seconds = clock.seconds()
+    tokens = args.num_epoch * sum(len(row["input_ids"]) for row in encoded)
+    speed = tokens / (seconds["training"] - seconds.get("validation", 0.0))
+    logger.info("trained on %.0f tokens a second, padding and validation aside", speed)
+    return speed
 
 
 def read_text(path: str) -> str:

@@ -29,19 +29,21 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Partial = Literal["refuse", "ok"]
 Preset = Literal["published", "best"]
 Compensation = Literal["none", "mean", "lstsq", "lstsq_weights"]
+Units = Literal["neurons", "heads", "both"]
 
 # What selects, where a flag leaves it open: as published (None), or what our comparison (README, Results) says is best.
 PRESETS = {"published": {}, "best": {"score": "contribution", "compensate": "lstsq_weights"}}
 
 # (fields, accepted?, in words); None is accepted where it is the default
 RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
-    (("topk_ratio", "keep_ratio", "active_sample_ratio"), lambda x: 0 < x <= 1, "in (0, 1]"),
+    (("topk_ratio", "keep_ratio", "heads_ratio", "active_sample_ratio"), lambda x: 0 < x <= 1, "in (0, 1]"),
     (("lora_dropout", "warmup_ratio"), lambda x: 0 <= x < 1, "in [0, 1)"),
     (("lr", "lora_alpha"), lambda x: 0 < x < math.inf, "a number above 0"),
     (("wd", "max_grad_norm"), lambda x: 0 <= x < math.inf, "a number of 0 or more"),
     (("num_epoch", "train_batch", "eval_batch", "gradient_accumulation_steps", "lora_r", "log_interval",
       "multiple_of"), lambda x: x >= 1, "1 or more"),
     (("train_size",), lambda x: x >= 0, "0 (= all) or more"),
+    (("save_steps",), lambda x: x >= 0, "0 (= each epoch) or more"),
     (("min_tokens",), lambda x: x >= 0, "0 or more"),
     (("seed",), lambda x: 0 <= x < 2**32, "from 0 to 4294967295"),
     (("active_threshold",), math.isfinite, "a finite number"),
@@ -124,6 +126,11 @@ class RunArgs:
     dev_mode: bool = False
     """hold out part of the training data and evaluate on it instead of the test data"""
     # ------------------------------------------------------------ ours
+    units: Units = "neurons"
+    """what is chosen: neurons, attention heads (a key/value head with its query heads), or both; a head is ranked by
+    the score that goes with that of the neurons"""
+    heads_ratio: float | None = None
+    """keep this share of the heads of every attention, at least one; None = keep_ratio, or else topk_ratio"""
     keep_ratio: float | None = None
     """keep exactly this share of every site's neurons instead of the union that topk_ratio leads to"""
     width: Annotated[str, arg(metavar="free|uniform|buckets:N")] = "free"
@@ -158,15 +165,17 @@ class RunArgs:
     count_padding: bool = False
     """let padding tokens count in the selection, as the published code does"""
     partial: Partial = "refuse"
-    """what to do with a model of which only some feed-forward blocks can be sliced"""
+    """what to do with a model of which only some feed-forward blocks (or attentions, with --units) can be sliced"""
     eval_epochs: bool = True
     """generate the validation answers after every epoch"""
     select_best: bool = False
     """test the epoch with the best validation accuracy instead of the last one"""
     eval_restored: bool = False
-    """also test with the removed neurons put back after training"""
+    """also test with the removed units put back after training"""
     run_name: str | None = None
     """folder under output_dir; None = made from model, task, mode, ratio, head and seed"""
+    save_steps: int = 0
+    """also save a checkpoint every so many optimizer steps; 0 = after each epoch only"""
     resume: bool = False
     """go on from the last checkpoint in the run folder"""
     overwrite: bool = False
@@ -175,7 +184,7 @@ class RunArgs:
     def __post_init__(self) -> None:
         self._check_mode()
         check_choices(self, {"head": Head, "precision": Precision, "partial": Partial, "preset": Preset,
-                             "compensate": Compensation})
+                             "compensate": Compensation, "units": Units})
         check_ranges(self, RANGES)
         for name in ("model", "task", "output_dir", "run_name", "train_file", "eval_file"):
             if getattr(self, name) == "":
@@ -209,14 +218,29 @@ class RunArgs:
         is_served = bool(most_widths(self.width)) or self.multiple_of > 1
         if self.mode in KEEPS_EVERYTHING:
             self._check_keeps_everything(is_served)
+        self._check_units(is_served)
+
+    def _check_units(self, is_served: bool) -> None:
+        """No flag about units that are not chosen."""
+        if self.heads_ratio is not None and self.units == "neurons":
+            raise InputError("heads_ratio is a share of the attention heads, and only neurons are chosen; give --units "
+                             "heads or both.")
+        if self.units == "heads" and (self.compensate not in (None, "none") or self.preset != "published" or is_served):
+            raise InputError("compensate, preset, width and multiple_of are about neurons, and only heads are chosen; "
+                             "leave them out, or give --units both.")
+        if self.units != "neurons" and self.tune_attn:
+            raise InputError(f"tune_attn also trains the attention, and --units {self.units} trains what it keeps "
+                             "of it anyway; leave one of them out.")
 
     def _check_keeps_everything(self, is_served: bool) -> None:
         """No flag of a selection that is not made."""
+        if self.units != "neurons":
+            raise InputError(f"units says what is chosen, and mode {self.mode!r} keeps everything; leave it out.")
         if self.tune_attn:
             raise InputError(f"tune_attn adds the attention to what a selection trains; mode {self.mode!r} trains it "
                              "anyway, leave it out.")
         if self.eval_restored:
-            raise InputError(f"eval_restored puts removed neurons back, and mode {self.mode!r} removes none.")
+            raise InputError(f"eval_restored puts removed units back, and mode {self.mode!r} removes none.")
         if self.compensate not in (None, "none"):
             raise InputError(f"compensate makes up for removed neurons, and mode {self.mode!r} removes none.")
         if is_served:
@@ -275,6 +299,8 @@ def run_name(args: RunArgs, *more: str) -> str:
     ratio = f"keep{args.keep_ratio:g}" if args.keep_ratio is not None else f"top{args.topk_ratio:g}"
     parts = [_short(args.model), args.task or Path(args.train_file).stem, args.mode]
     parts += [] if args.mode in KEEPS_EVERYTHING else [ratio]
+    parts += [] if args.units == "neurons" else [args.units]
+    parts += [] if args.heads_ratio is None else [f"heads{args.heads_ratio:g}"]
     parts += [] if args.width == "free" else [args.width.replace(":", "")]
     parts += [] if args.multiple_of == 1 else [f"by{args.multiple_of}"]
     parts += [] if args.preset == "published" else [args.preset]

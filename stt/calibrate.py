@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
@@ -22,6 +22,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 
 from stt.batches import Batch, alone, as_inputs, batched, on_device, padded_right, token_masks
 from stt.errors import InputError, unknown_name
+from stt.head_scores import Magnitude as HeadMagnitude
 from stt.mlps.stt_linear import STTLinear
 from stt.observe import Done, Observer, observing
 from stt.scores import magnitude
@@ -54,7 +55,7 @@ class Calibration:
 def calibrate(model: nn.Module, sites: Sites, scores: Sequence[Score], batches: Iterable[Batch] = (),
               tokenizer: PreTrainedTokenizerBase | None = None, count_padding: bool = False, progress: bool = True,
               select_on: str = "all", also: Sequence[Statistic] = (), min_tokens: int = MIN_TOKENS) -> Calibration:
-    """All `scores` of all `sites` of `model`, and the statistics `also`, in one pass.
+    """All `scores` of all `sites` of `model` whose units they are for, and the statistics `also`, in one pass.
 
     A batch is a mapping of tensors (with `labels` for gradients), a tensor, a tuple (input, mask, ...) or a list of
     strings with a `tokenizer`; a plain list of strings is batched here. `count_padding` counts padding positions too,
@@ -90,10 +91,16 @@ def _results(model: nn.Module, sites: Sites, groups: Sequence[Sequence[Score]], 
         weights = site_weights(model, site)
         for into, group in zip(found, groups, strict=True):
             for by_site, score in zip(into, group, strict=True):
-                is_unknown = score.needs != ("weights",) and (site.name in thin or site.name not in score.sums)
-                ranked = magnitude.make() if is_unknown else score
-                by_site[site.name] = ranked.result(site.name, weights).cpu()
+                if score.units == site.units:
+                    is_unknown = score.needs != ("weights",) and (site.name in thin or site.name not in score.sums)
+                    ranked = _by_weights(score) if is_unknown else score
+                    by_site[site.name] = ranked.result(site.name, weights).cpu()
     return found
+
+
+def _by_weights(score: Score) -> Score:
+    """What takes the place of a score without data."""
+    return HeadMagnitude(widths=score.widths) if score.units == "heads" else magnitude.make()
 
 
 class _Rows(Statistic):
@@ -134,12 +141,14 @@ def _pass(model: nn.Module, sites: Sites, halves: tuple[list[Statistic], list[St
           tokenizer: PreTrainedTokenizerBase | None, count_padding: bool, progress: bool, select_on: str,
           shown: _Shown) -> None:
     """Show every batch to the statistics of its half."""
-    needs = {need for statistic in halves[0] for need in statistic.needs}
-    last = last_site(model, sites, needs)
+    needs = _needs(halves[0])
+    seen = {name: site for name, site in sites.items() if needs[site.units]}
+    last = last_site(model, seen, needs["neurons"] | needs["heads"])
     is_routed = any(site.is_routed for site in sites.values())
-    with _prepared(model, with_gradients="gradients" in needs):
+    with_gradients = "gradients" in needs["neurons"] | needs["heads"]
+    with _prepared(model, with_gradients):
         hidden = None if progress else True  # None: shown on a terminal
-        for batch in tqdm(batched(batches), desc="measuring neurons", unit="batch", disable=hidden):
+        for batch in tqdm(batched(batches), desc="measuring units", unit="batch", disable=hidden):
             inputs = as_inputs(batch, model, tokenizer)
             inputs = inputs if count_padding else padded_right(model, inputs)
             counted = {} if count_padding else token_masks(model, inputs, select_on)
@@ -148,16 +157,23 @@ def _pass(model: nn.Module, sites: Sites, halves: tuple[list[Statistic], list[St
             for part, rows in alone(model, whole) if is_routed and not count_padding else [(whole, slice(None))]:
                 masks = {} if count_padding else token_masks(model, part, select_on)
                 real = {} if count_padding else token_masks(model, part)
-                observers = [Observer(site, halves, needs, _mask_of(site, model, masks), _mask_of(site, model, real),
-                                      in_b[rows], site.name == last, _gate_bias(model, site))
-                             for site in sites.values()]
-                _show(model, sites, observers, part, "gradients" in needs)
+                observers = [Observer(site, halves, needs[site.units], _mask_of(site, model, masks),
+                                      _mask_of(site, model, real), in_b[rows], site.name == last,
+                                      _gate_bias(model, site))
+                             for site in seen.values()]
+                _show(model, sites, observers, part, with_gradients)
     shown.add_up_over_ranks()
     if not sum(shown.tokens):
         raise InputError(f"no token of the calibration data belongs to the {select_on}: select on \"all\", or label "
                          "the answers")
     _complete(halves)
     _add_up_over_ranks(halves)
+
+
+def _needs(statistics: Sequence[Statistic]) -> dict[str, set[str]]:
+    """What has to be seen of the sites of neurons, and of those of heads; nothing of weights alone."""
+    return {units: {need for statistic in statistics if statistic.units == units for need in statistic.needs}
+            - {"weights"} for units in ("neurons", "heads")}
 
 
 def _show(model: nn.Module, sites: Sites, observers: list[Observer], inputs: dict[str, Tensor],
@@ -180,12 +196,14 @@ def _gate_bias(model: nn.Module, site: Site) -> Tensor | None:
     return own if site.gate_bias.expert is None else own[site.gate_bias.expert]
 
 
-def last_site(model: nn.Module, sites: Sites, needs: set[str]) -> str | None:
-    """The site behind which nothing needs to be computed; None if that cannot be said: gradients need the loss, and a
-    block that is called often (a shared layer, or the positions in chunks) may not be done after its first call."""
+def last_site(model: nn.Module, sites: Mapping[str, Site], needs: set[str]) -> str | None:
+    """The site behind which nothing needs to be computed; None if that cannot be said: gradients need the loss, a block
+    that is called often (a shared layer, or the positions in chunks) may not be done after its first call, and the
+    order of execution is known among blocks of neurons and among heads, not between them."""
     is_called_once = all(site.calls == 1 and not site.is_routed for site in sites.values())
     is_chunked = getattr(model.config, "chunk_size_feed_forward", 0)
-    return list(sites)[-1] if is_called_once and not is_chunked and "gradients" not in needs else None
+    is_one_kind = len({site.units for site in sites.values()}) == 1
+    return list(sites)[-1] if is_called_once and is_one_kind and not is_chunked and "gradients" not in needs else None
 
 
 def _summed_loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:

@@ -16,14 +16,17 @@ from stt.words import decimal, markdown_table, model_name, percent
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from stt.selection import Selection
+
 CARD = "README.md"
 TAGS = ["select-then-train", "pruned"]
-SAID = ("method", "topk_ratio", "keep_ratio", "width", "multiple_of", "threshold", "select_on", "compensate", "seed")
+SAID = ("units", "method", "topk_ratio", "keep_ratio", "width", "multiple_of", "threshold", "select_on", "compensate",
+        "head_score", "heads_keep", "seed")
 
 INTRODUCTION = """\
 # {title}
 
-A {kind} without {removed} of its feed-forward neurons ({kept:,} of {all:,} are kept), made from {base} by
+A {kind} without {removed}, made from {base} by
 Select-Then-Train. Every block has its own width.
 """
 LOADING = """\
@@ -38,14 +41,17 @@ model = {auto}.from_pretrained("{name}")
 
 `import stt` comes before `from_pretrained`: it teaches transformers the widths. Without it, transformers warns of an
 unknown quantization type `stt` (nothing here is quantized) and stops, because the weights are narrower than config.json
-says. Do not pass `ignore_mismatched_sizes=True` then: the feed-forward blocks would be random.
+says. Do not pass `ignore_mismatched_sizes=True` then: the narrow blocks would be random.
 
-To load it without the package, make a plain copy once, padded with exact zeros to one width:
+To load it without the package, make a plain copy once, {copy}:
 
 ```
-stt export FOLDER --to hf --out PLAIN
+stt export FOLDER --to {to} --out PLAIN
 ```
 """
+WORDS = {"neurons": "feed-forward neurons", "heads": "attention heads"}
+COPIES = {"hf": "padded with exact zeros to one width",
+          "dense": "the trained units put back into the dense model, because a plain one has no place for fewer heads"}
 
 
 def write_card(model: PreTrainedModel, folder: Path) -> None:
@@ -58,17 +64,30 @@ def card(model: PreTrainedModel, results: Mapping[str, object] | None = None) ->
     """The card of a sliced model, as Markdown with YAML front matter. `results` is what the results.json of a run
     holds."""
     selection, base = model.stt_selection, model.config.stt["base"]
-    kept = sum(map(len, selection.values()))
-    units = sum(selection.widths.values())
-    removed = units - kept - sum(width for site, width in selection.widths.items() if site not in selection)
+    kinds = {WORDS[units]: _kept(selection, units) for units in WORDS}
     introduction = INTRODUCTION.format(
         title=f"{model_name(base)}, sliced" if base else f"A sliced {type(model).__name__}", kind=type(model).__name__,
-        removed=percent(removed / units), kept=units - removed, all=units,
+        removed=" and ".join(_removed(words, sites) for words, sites in kinds.items() if sites),
         base=model_name(base) if base else "an unnamed model")
-    parts = [_front_matter(model, base), introduction, _selection_table(model), _sites_table(model)]
+    tables = [_sites_table(words, sites) for words, sites in kinds.items() if sites]
+    parts = [_front_matter(model, base), introduction, _selection_table(model), *tables]
     parts += [_results_table(results)] if results else []
     auto = "AutoModelForCausalLM" if type(model).__name__.endswith("ForCausalLM") else type(model).__name__
-    return "\n".join([*parts, LOADING.format(auto=auto, name="FOLDER_OR_HUB_ID")])
+    to = "dense" if selection.heads.keys() & selection.keys() else "hf"
+    return "\n".join([*parts, LOADING.format(auto=auto, name="FOLDER_OR_HUB_ID", copy=COPIES[to], to=to)])
+
+
+def _kept(selection: Selection, units: str) -> list[tuple[int, int]]:
+    """(kept units, width) of all blocks that hold these units; nothing if none of them is selected, and one that is not
+    is whole."""
+    names = [site for site in selection.widths if (site in selection.heads) == (units == "heads")]
+    return [(len(selection[site]) if site in selection else selection.widths[site], selection.widths[site])
+            for site in names] if selection.keys() & set(names) else []
+
+
+def _removed(words: str, sites: list[tuple[int, int]]) -> str:
+    kept, units = (sum(numbers) for numbers in zip(*sites, strict=True))
+    return f"{percent(1 - kept / units)} of its {words} ({kept:,} of {units:,} are kept)"
 
 
 def _front_matter(model: PreTrainedModel, base: str | None) -> str:
@@ -99,16 +118,15 @@ def _selection_table(model: PreTrainedModel) -> str:
     return _section("Selection", [("", ""), *((name, f"`{value}`") for name, value in rows)])
 
 
-def _sites_table(model: PreTrainedModel) -> str:
-    """Kept neurons of the blocks, together for all blocks of one dense width; a block that is left out is whole."""
-    selection = model.stt_selection
+def _sites_table(words: str, sites: list[tuple[int, int]]) -> str:
+    """Kept units of the blocks, together for all blocks of one dense width."""
     kept: dict[int, list[int]] = {}
-    for site, width in selection.widths.items():
-        kept.setdefault(width, []).append(len(selection[site]) if site in selection else width)
+    for count, width in sites:
+        kept.setdefault(width, []).append(count)
     rows = [(str(width), str(len(counts)), str(min(counts)), f"{statistics.median(counts):g}", str(max(counts)),
              percent(statistics.mean(counts) / width)) for width, counts in kept.items()]
     head = ("dense width", "blocks", "fewest kept", "median", "most kept", "share kept")
-    return _section("Kept neurons", [head, *rows]) + "\nconfig.json names every block and its width under `stt`.\n"
+    return _section(f"Kept {words}", [head, *rows]) + "\nconfig.json names every block and its width under `stt`.\n"
 
 
 def _results_table(results: Mapping[str, object]) -> str:

@@ -21,13 +21,15 @@ from typing import Annotated, Literal, TypeVar, get_args, get_origin, get_type_h
 import tyro
 import yaml
 
-from stt.errors import InputError, TrainingFailed, unknown_name
+from stt import stopping
+from stt.errors import NO_ROOM, NOT_ALLOWED, InputError, TrainingFailed, unknown_name
 
 Args = TypeVar("Args")
 TyroArg = type(tyro.conf.arg())  # the class behind tyro.conf.arg(aliases=...)
 
 ACCEPTED = {float: "a number", int: "a whole number", bool: "true or false", Path: "a path"}
 NOTHING = {"none", "null", "~", ""}
+PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "seq", "map")}
 TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -35,8 +37,11 @@ def run(main: Callable[[Args], int | None], cls: type[Args], argv: Sequence[str]
         prog: str | None = None) -> int:
     """The exit code of `main(args)` with `args` read from the command line.
 
-    2 = bad input, 3 = training failed, 130 = interrupted, otherwise what `main` returns (None = 0).
+    2 = bad input, 3 = training failed, 130 = interrupted, otherwise what `main` returns (None = 0). A process of its
+    own (`argv` None) whose flags have --resume also ends with 75, on SIGTERM and SIGUSR1 (stt/stopping.py).
     """
+    if argv is None and "resume" in cls.__dataclass_fields__:
+        stopping.listen()
     _log_to_stderr()
     try:
         code = main(read_args(cls, argv, prog)) or 0
@@ -51,6 +56,13 @@ def run(main: Callable[[Args], int | None], cls: type[Args], argv: Sequence[str]
     except BrokenPipeError:  # `... | head` has read enough; the interpreter would complain when it flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno not in (*NO_ROOM, *NOT_ALLOWED):
+            raise
+        return _fail(f"cannot use {error.filename}: {error.strerror}; make room or give access, and start again",
+                     3 if error.errno in NO_ROOM else 2)
+    finally:
+        stopping.ignore()
 
 
 def read_args(cls: type[Args], argv: Sequence[str] | None = None, prog: str | None = None) -> Args:
@@ -155,7 +167,13 @@ def _value(text: str, kind: object, what: str) -> object:
 
 class _TextLoader(yaml.BaseLoader):
     """Safe YAML in which every scalar stays the text that was written (1e-5, on, 007), so that the field's own type
-    decides what it means; a key written twice is refused."""
+    decides what it means; a key written twice and any tag but YAML's own scalars and collections are refused."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> object:
+        if node.tag not in PLAIN_TAGS:
+            raise InputError(f"{self.name} line {node.start_mark.line + 1}: the tag {node.tag} means nothing here; "
+                             "leave it out.")
+        return super().construct_object(node, deep)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, object]:
         keys = [str(key.value) for key, _ in node.value]

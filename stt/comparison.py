@@ -147,10 +147,16 @@ def _cells(row: Row, label: str, policies: Sequence[str]) -> tuple[str, ...]:
             *(spread(row.measured(policy), 100, " %") for policy in policies),
             mean_of(row.numbers(shown, "parameters", "trained"), amount),
             mean_of(row.numbers(shown, "parameters", "trained_without_head"), amount),
-            mean_of(row.numbers(shown, "parameters", "kept_fraction_of_units"), percent),
+            _kept(row, shown),
             spread(row.numbers(shown, "perplexity", "sliced")), spread(row.numbers(shown, "perplexity", "trained")),
             mean_of(row.numbers(shown, "flops", "training"), amount),
             mean_of(row.numbers(shown, "seconds", "training"), duration))
+
+
+def _kept(row: Row, head: str) -> str:
+    """The share of the neurons, and of the attention heads where they were chosen from."""
+    neurons, heads = (row.numbers(head, "parameters", f"kept_fraction_of_{units}") for units in ("units", "heads"))
+    return ", heads ".join(mean_of(shares, percent) for shares in (neurons, heads) if shares or shares is neurons)
 
 
 def _differences(rows: Sequence[Row], head: str) -> list[str]:

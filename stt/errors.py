@@ -1,8 +1,12 @@
-"""The two ways a run may end early, and the sentence for an unknown name."""
+"""The ways a run may end early, and the sentence for an unknown name."""
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # OSErrors that are nobody's mistake in the code
+NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class InputError(ValueError):
@@ -13,8 +17,8 @@ class InputError(ValueError):
 
 
 class TrainingFailed(RuntimeError):
-    """Training stopped on a bad number or a full device. Command-line programs exit with code 3; the last good
-    checkpoint is kept."""
+    """Training stopped on a bad number, a full device or a full disk. Command-line programs exit with code 3; the last
+    good checkpoint is kept."""
 
 
 def unknown_name(kind: str, given: str, known: Iterable[str]) -> InputError:

@@ -1,31 +1,25 @@
-"""Scores of attention heads, measured where the output projection O reads them, and the selection made by one.
+"""Scores of attention heads, measured where the output projection O reads them.
 
 Shapes: U units of a site, n channels of each, F = U * n what O reads, N rows (positions), D model width.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
-import transformers
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
 
-from stt import budget
-from stt.batches import Batch
-from stt.calibrate import calibrate
-from stt.errors import unknown_name
-from stt.heads import find_heads
 from stt.scores.base import Score, Seen, Weights, over_tokens, wide
 from stt.scores.random import Random
-from stt.selection import Selection
 
 
 @dataclass
 class _OfHeads(Score):
     """Base of those that fold channels into units. `widths` are the numbers of units, by site."""
 
+    units: ClassVar[str] = "heads"
     widths: Mapping[str, int] = field(default_factory=dict)
 
     def folded(self, site: str, values: Tensor) -> Tensor:
@@ -101,33 +95,11 @@ SCORES: dict[str, Callable[..., _OfHeads]] = {"activation_norm": ActivationNorm,
                                               "wanda": Wanda, "taylor": Taylor, "random": RandomHeads}
 
 
-def score_heads(model: nn.Module, data: Iterable[Batch] = (), tokenizer: PreTrainedTokenizerBase | None = None, *,
-                score: str = "activation_norm", seed: int = 42) -> dict[str, Tensor]:
-    """The score (U,) of every attention site, float64; `data` as for `stt.select`. Padding does not count.
-
-    Raises InputError for an unknown score, a model without attention sites, or data that is missing or does not fit.
-    """
-    if score not in SCORES:
-        raise unknown_name("score of heads", score, SCORES)
-    sites = find_heads(model)
-    options = {"seed": seed} if score == "random" else {}
-    made = SCORES[score](widths={name: site.width for name, site in sites.items()}, **options)
-    return calibrate(model, sites, [made], data, tokenizer, progress=False).scores[0]
+def matching(method: str) -> str:
+    """The score of heads that goes with a method for neurons: the one of the same name, or else activation_norm."""
+    return method if method in SCORES else "activation_norm"
 
 
-def select_heads(model: nn.Module, data: Iterable[Batch] = (), tokenizer: PreTrainedTokenizerBase | None = None, *,
-                 score: str = "activation_norm", keep: float = 0.5, seed: int = 42) -> Selection:
-    """The attention units of `model` worth keeping: the share `keep` of every site, at least one.
-
-    Raises InputError as `score_heads` does, and for a share outside (0, 1].
-
-    >>> stt.apply(model, select_heads(model, batches, score="wanda", keep=0.5))
-    """
-    budget.check_ratio("keep", keep)
-    scores = score_heads(model, data, tokenizer, score=score, seed=seed)
-    units = {name: budget.top(of_site, budget.exact_count(len(of_site), keep)) for name, of_site in scores.items()}
-    sites = find_heads(model)
-    return Selection(units, {"method": score, "keep_ratio": keep, "seed": seed,
-                             "widths": {name: site.width for name, site in sites.items()},
-                             "fingerprint": sites.fingerprint,
-                             "versions": {"torch": torch.__version__, "transformers": transformers.__version__}})
+def make(name: str, widths: Mapping[str, int], seed: int = 0) -> Score:
+    """The score of heads called `name` for sites of so many units."""
+    return SCORES[name](widths=widths, **({"seed": seed} if name == "random" else {}))

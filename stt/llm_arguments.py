@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -13,6 +14,7 @@ from stt.arguments import KEEPS_EVERYTHING, RunArgs, check_choices, check_ranges
 from stt.errors import InputError
 
 Part = Literal["all", "prompt", "answer"]
+Distill = Literal["none", "kl"]
 
 # What `None` stands for: the shipped model needs other numbers than a real one (those are the published defaults).
 FOR_SHIPPED_MODEL = {"lr": 1e-3, "num_epoch": 3, "train_batch": 32, "schedule": True}
@@ -53,6 +55,16 @@ class LLMArgs(RunArgs):
     """tokens that the selection looks at: all of an example, its prompt, or its answer"""
     group_by_length: bool = False
     """put training examples of about the same length into one batch: less padding, another order"""
+    pack: bool = False
+    """let the examples of a training batch share rows, apart from each other: the same steps without the padding"""
+    distill: Distill = "none"
+    """kl: also learn a teacher's distribution over the next token wherever there is a label"""
+    teacher: Annotated[str | None, arg(metavar="base|PATH")] = None
+    """whom --distill learns from: base, the dense model of --model (default), or a run, folder or hub id"""
+    distill_weight: float = 0.5
+    """share of the teacher in the loss; the rest is the data's"""
+    distill_temperature: float = 1.0
+    """logits of both are divided by this before they are compared"""
     max_length: int = 256
     """tokens of prompt and answer together; a longer prompt loses its beginning"""
     max_new_tokens: int | None = None
@@ -62,9 +74,13 @@ class LLMArgs(RunArgs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choices(self, {"select_on": Part})
+        check_choices(self, {"select_on": Part, "distill": Distill})
         check_ranges(self, ((("max_length",), lambda x: x >= 2, "2 or more"),
-                            (("max_new_tokens",), lambda x: x >= 1, "1 or more")))
+                            (("max_new_tokens",), lambda x: x >= 1, "1 or more"),
+                            (("distill_weight",), lambda x: 0 < x <= 1, "in (0, 1]"),
+                            (("distill_temperature",), lambda x: 0 < x < math.inf, "a number above 0")))
+        if self.distill == "none":
+            self._check_no_teacher()
         if self.train_file is None and self.max_new_tokens:
             raise InputError("max_new_tokens is about the data of train_file, and that is not given; a task has its "
                              "own.")
@@ -72,6 +88,12 @@ class LLMArgs(RunArgs):
             raise InputError(f"select_on says what a selection looks at, and mode {self.mode!r} selects nothing.")
         if self.select_on != "all" and self.count_padding:
             raise InputError("count_padding counts every position and select_on only some; give one of them.")
+
+    def _check_no_teacher(self) -> None:
+        """No flag of a distillation that is not done."""
+        for name, default in (("teacher", None), ("distill_weight", 0.5), ("distill_temperature", 1.0)):
+            if getattr(self, name) != default:
+                raise InputError(f"{name} is about a teacher, and there is none; give --distill kl, or leave it out.")
 
 
 def resolved(args: LLMArgs) -> LLMArgs:
@@ -84,4 +106,8 @@ def resolved(args: LLMArgs) -> LLMArgs:
         raise InputError(f"no text file {text!r} for the perplexity; give a path, or leave --ppl_text out.")
     args = replace(arguments.filled(args, "clutrr"), ppl_text=text)
     part = [] if args.select_on == "all" else [args.select_on]
+    part += ["packed"] * args.pack
+    if args.distill != "none":
+        args = replace(args, teacher=args.model if args.teacher in (None, "base") else args.teacher)
+        part += [args.distill, *([] if args.teacher == args.model else [Path(args.teacher).name])]
     return replace(args, run_name=args.run_name or arguments.run_name(args, *part))

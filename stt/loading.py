@@ -8,10 +8,13 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import transformers
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
@@ -29,6 +32,7 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.initialization import no_init_weights
 
+from stt import checkpoint
 from stt.errors import InputError
 from stt.surgery import head_parameters, tie
 from stt.trace import evaluating
@@ -60,6 +64,20 @@ def load_model(name: str, autocast_dtype: torch.dtype | None, device: torch.devi
             raise InputError(f"the weights of {name} lack {len(loaded['missing_keys'])} tensors of a "
                              f"{type(model).__name__}, the first {min(loaded['missing_keys'])!r}: give its own weights")
     return model.to(device)
+
+
+def load_trained(name: str, autocast_dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
+    """As `load_model`, but the model may be sliced, and a run folder stands for its checkpoint."""
+    folder = model_folder(name)
+    if checkpoint.is_sliced(Path(folder)):
+        return checkpoint.load(folder, device, None if autocast_dtype else torch.float32)
+    return load_model(folder, autocast_dtype, device)
+
+
+def model_folder(name: str) -> str:
+    """The checkpoint of a run folder; any other name as it is."""
+    folder = Path(name).expanduser() / "checkpoint"
+    return str(folder) if folder.is_dir() else name
 
 
 def check_decoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -236,6 +254,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; its end token pads if it has no padding token. Raises InputError if there is none."""
     with _reading("the tokenizer of", name, "tokenizer.json"):
         tokenizer = AutoTokenizer.from_pretrained(name)
+        if len(tokenizer) < 2:  # what transformers makes up where it finds no tokenizer
+            raise InputError(f"the tokenizer of {name!r} has no tokens: give a folder with tokenizer.json")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -270,7 +290,8 @@ def _reading(part: str, name: str, files: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, RuntimeError, SafetensorError, ValueError, KeyError) as error:
+    except (OSError, RuntimeError, SafetensorError, UnpicklingError, StrictDataclassError, ValueError, TypeError,
+            KeyError, ZeroDivisionError) as error:  # the last ones for a config.json of another kind, or with a 0
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise InputError(f"cannot load {part} {name!r} ({reason}): give a folder with {files}, or a hub id that can be "
                          "reached") from error

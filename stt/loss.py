@@ -1,6 +1,6 @@
 """The loss of a decoder without its logits, in every mode and under any trainer.
 
-The body runs once; the head and the cross-entropy run only where there is a label, CHUNK_ROWS positions at a time, and
+The body runs once; the head and the cross-entropy run only where there is a label, chunk by chunk (stt/chunked.py), and
 each chunk's gradients are computed while its logits are at hand: never all logits exist, and none is computed twice.
 """
 from __future__ import annotations
@@ -8,40 +8,43 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_utils import unwrap_peft_model
 
+from stt import chunked
+from stt.chunked import IGNORED, Objective, Transform
 from stt.errors import InputError
 from stt.surgery import override_forward
 from stt.trace import evaluating
 
 logger = logging.getLogger(__name__)
 
-# Shapes: B examples, T tokens, N = B T positions, L labelled ones, C of these in a chunk, D model width, V words.
+# Shapes: B examples, T tokens, D model width, V words.
 
-CHUNK_ROWS = 512  # logits (CHUNK_ROWS, V) at a time: the head's matrix products are slower below 256 rows on a CPU
-IGNORED = -100
 LOSS_ARGUMENTS = {"labels", "shift_labels", "num_items_in_batch", "ignore_index", "logits_to_keep", "return_dict",
                   "output_router_logits"}  # what the body is not asked
 
+# teach(what the body is given, targets (B, T)): the objective of a batch
+Teach = Callable[[Mapping[str, object], Tensor], Objective]
 
-def chunked_loss(model: nn.Module) -> nn.Module:
+
+def chunked_loss(model: nn.Module, teach: Teach | None = None) -> nn.Module:
     """The model itself; from now on its training forward computes the loss in chunks and returns no logits.
 
     In training mode and with `labels` (B, T), forward returns CausalLMOutput(loss): the cross-entropy of position t's
     prediction and label t+1, summed where that is not -100, over `num_items_in_batch` (None: their number here). A
     batch without labels gives 0, with a graph. Everything else is the model's own forward. Value and gradients are
-    those of the model's own loss. Where its logits are not scale, bias or soft cap of head(body) by plain modules (a
-    head that carries a LoRA), its own logits at the labelled positions are used.
+    those of the model's own loss; `teach` puts another objective in the cross-entropy's place (stt/distill.py). Where
+    the logits are not scale, bias or soft cap of head(body) by plain modules (a head that carries a LoRA), the model's
+    own logits at the labelled positions are used.
 
     Lives in `model.forward`, so it works under any trainer that takes the model's loss (one that reads the training
     logits must do without), DDP, autocast and gradient checkpointing; for a PEFT model, in that of the decoder inside.
@@ -53,7 +56,7 @@ def chunked_loss(model: nn.Module) -> nn.Module:
         if "forward" in vars(decoder):
             raise InputError(f"the forward of this {type(decoder).__name__} is replaced already: call chunked_loss "
                              "before anything else that changes it (accelerate, device maps, other losses)")
-        recipe = _recipe(decoder)
+        recipe = replace(recipe_of(decoder), teach=teach)
         if recipe.body is None:
             logger.info("the loss of %s uses the model's own logits at the labelled positions: they are not a scaled "
                         "or capped product of a plain head and what its body returns", type(decoder).__name__)
@@ -70,21 +73,10 @@ def answer_nll(model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor) -
     decoder = unwrap_peft_model(model)
     if decoder is not model and model.active_peft_config.is_prompt_learning:
         raise InputError("answer_nll cannot place the labels behind PEFT's virtual tokens: give the decoder alone")
-    recipe = _installed(decoder) or _recipe(decoder)
+    recipe = replace(_installed(decoder) or recipe_of(decoder), teach=None)
     with torch.no_grad(), evaluating(model):
         found = recipe.summed(decoder, {**inputs, "labels": labels})
     return found.loss.item(), found.count
-
-
-class Transform(NamedTuple):
-    """From the head's product x to the logits: cap * tanh(scale * x / cap), or scale * x without a cap."""
-
-    scale: float = 1.0
-    cap: float | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        x = self.scale * x
-        return x if self.cap is None else torch.tanh(x / self.cap) * self.cap
 
 
 class Summed(NamedTuple):
@@ -102,6 +94,7 @@ class DecoderLoss:
     own: inspect.Signature
     body: inspect.Signature | None
     transform: Transform
+    teach: Teach | None = None
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -131,12 +124,12 @@ class DecoderLoss:
         targets = _targets(**{name: given[name] for name in ("labels", "shift_labels", "ignore_index")
                               if given.get(name) is not None})
         arguments = {name: value for name, value in given.items() if name not in LOSS_ARGUMENTS and value is not None}
-        head = model.get_output_embeddings()
-        if self.body is None or not _is_plain(head) or not self._body_takes(arguments):
-            return self._from_own_logits(model, arguments, targets)
-        outputs = self.outputs(model, arguments)
-        loss, count = summed_cross_entropy(outputs["last_hidden_state"], head.weight, head.bias, targets,
-                                           self.transform)
+        objective = chunked.cross_entropy if self.teach is None else self.teach(arguments, targets)
+        if not self.is_chunked(model, arguments):
+            return self._from_own_logits(model, arguments, targets, objective)
+        outputs, head = self.outputs(model, arguments), model.get_output_embeddings()
+        loss, count = chunked.summed(outputs["last_hidden_state"], head.weight, head.bias, targets, self.transform,
+                                     objective)
         return Summed(loss, count, outputs)
 
     def outputs(self, model: PreTrainedModel, arguments: Mapping[str, object]) -> Mapping[str, object]:
@@ -145,131 +138,28 @@ class DecoderLoss:
         cache = {"use_cache": False} if _takes(self.body, "use_cache") else {}
         return model.base_model(**cache | named, return_dict=True)
 
-    def _body_takes(self, arguments: Mapping[str, object]) -> bool:
-        """False if the model's own forward would do something itself with one of the arguments."""
-        return all(name in self.body.parameters for name in arguments if name in self.own.parameters)
+    def is_chunked(self, model: PreTrainedModel, arguments: Mapping[str, object]) -> bool:
+        """True if the logits are `transform` of a plain head of what the body returns; False also if the model's own
+        forward would do something itself with one of the arguments."""
+        return self.body is not None and _is_plain(model.get_output_embeddings()) and all(
+            name in self.body.parameters for name in arguments if name in self.own.parameters)
 
-    def _from_own_logits(self, model: PreTrainedModel, arguments: Mapping[str, object], targets: Tensor) -> Summed:
+    def _from_own_logits(self, model: PreTrainedModel, arguments: Mapping[str, object], targets: Tensor,
+                         objective: Objective) -> Summed:
         arguments = {**arguments, "return_dict": True}
+        if "use_cache" in self.own.parameters:  # with a cache transformers does not look for packed examples
+            arguments["use_cache"] = False
         if "logits_to_keep" in self.own.parameters:  # positions at which any example has a label
             keep = (targets != IGNORED).any(0).nonzero().squeeze(1)
             arguments["logits_to_keep"], targets = keep, targets[:, keep]
         outputs = type(model).forward(model, **arguments)
-        is_labelled = targets != IGNORED
-        logits = outputs["logits"][is_labelled]  # (L, V)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = F.cross_entropy(logits, targets[is_labelled], reduction="sum")
-        return Summed(loss, len(logits), outputs)
-
-
-# ---------------------------------------------------------------- the loss and its gradients
-
-
-@torch.compiler.disable
-def summed_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
-                         transform: Transform) -> tuple[Tensor, int]:
-    """(sum, number) of cross-entropies of `transform(hidden weight^T + bias)` and `targets` where these are not -100.
-
-    hidden (..., D), weight (V, D), bias (V,), targets (...). Under autocast the matrix products run in its dtype; the
-    softmax and the weight's gradient are float32 (float64 for float64 weights).
-    """
-    if hidden.shape[:-1] != targets.shape:
-        raise InputError(f"the labels have shape {tuple(targets.shape)} and the model's states "
-                         f"{tuple(hidden.shape[:-1])}: give one label a position")
-    targets = targets.flatten().to(hidden.device)  # (N,)
-    rows = (targets != IGNORED).nonzero().squeeze(1)  # (L,)
-    return cross_entropy_at(hidden, weight, bias, rows, targets[rows], transform), len(rows)
-
-
-def cross_entropy_at(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, answers: Tensor,
-                     transform: Transform) -> Tensor:
-    """The same sum, of the positions `rows` (L,) of hidden (..., D) and the words that follow them, `answers` (L,)."""
-    needs = [value is not None and value.requires_grad and torch.is_grad_enabled() for value in (hidden, weight, bias)]
-    return _CrossEntropy.apply(hidden.flatten(0, -2), weight, bias, rows, answers, transform, needs)
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """Differentiable by hidden, weight and bias: their gradients are ready before backward, which scales them."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor,
-                transform: Transform, needs: list[bool]) -> Tensor:
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        with torch.autocast(device, enabled=False):
-            loss, ctx.gradients = _in_chunks(hidden, weight, bias, rows, targets, transform, needs, dtype)
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gradients is None:
-            raise RuntimeError("the chunked loss keeps its gradients for one backward pass: compute it again")
-        gradients, ctx.gradients = ctx.gradients, None
-        return *(None if gradient is None else gradient.mul_(upstream) for gradient in gradients), *[None] * 4
-
-
-def _in_chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor,
-               transform: Transform, needs: list[bool], dtype: torch.dtype) -> tuple[Tensor, list[Tensor | None]]:
-    """The summed loss of the positions `rows` of hidden (N, D), and the gradients that are needed."""
-    exact = torch.promote_types(dtype, torch.float32)
-    total = torch.zeros((), dtype=exact, device=hidden.device)
-    of_hidden = torch.zeros_like(hidden) if needs[0] else None
-    of_bias = torch.zeros_like(bias, dtype=exact) if needs[2] else None
-    of_weight = None  # of the first chunk, which is there even if it is empty, is not added to zeros
-    matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)  # (V, D), (V,)
-    for at, answers in zip(rows.split(CHUNK_ROWS), targets.split(CHUNK_ROWS), strict=True):
-        states = hidden[at].to(dtype)  # (C, D)
-        slopes = F.linear(states, matrix, offset).to(exact)  # (C, V), the logits first
-        total += _cross_entropy_(slopes, answers, transform, any(needs))
-        if of_bias is not None:
-            of_bias += slopes.sum(0)
-        slopes = slopes.to(dtype)
-        if of_hidden is not None:
-            of_hidden[at] = (slopes @ matrix).to(hidden.dtype)
-        if needs[1]:
-            of_weight = _plus_product(of_weight, slopes.T, states, exact)
-    of_weight, of_bias = (None if gradient is None else gradient.to(value.dtype)
-                          for gradient, value in ((of_weight, weight), (of_bias, bias)))
-    return total, [of_hidden, of_weight, of_bias]
-
-
-def _cross_entropy_(x: Tensor, answers: Tensor, transform: Transform, needs_slopes: bool) -> Tensor:
-    """The summed cross-entropy of one chunk; x (C, V), the head's product, becomes the derivative by it."""
-    scale, cap = transform
-    bend = None
-    if scale != 1:
-        x.mul_(scale)
-    if cap is not None:
-        x.div_(cap).tanh_()
-        bend = 1 - x * x if needs_slopes else None  # (C, V), the derivative of the cap
-        x.mul_(cap)
-    x.sub_(x.amax(-1, keepdim=True))
-    answers = answers.unsqueeze(1)  # (C, 1)
-    chosen = x.gather(1, answers)  # (C, 1)
-    weights = x.exp_().sum(-1, keepdim=True)  # (C, 1)
-    if needs_slopes:
-        x.div_(weights).scatter_add_(1, answers, torch.full_like(chosen, -1))  # the softmax less the answer
-        if bend is not None:
-            x.mul_(bend)
-        if scale != 1:
-            x.mul_(scale)
-    return (weights.log_() - chosen).sum()
-
-
-def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """total (V, D), in place if there is one, plus (V, C) (C, D), summed in `dtype`."""
-    if total is None:
-        return (left @ right).to(dtype)
-    if left.dtype == dtype:
-        return torch.addmm(total, left, right, out=total)  # counters of FLOPs do not know addmm_
-    return total.add_(left @ right)
+        return Summed(*chunked.summed(outputs["logits"], None, None, targets, Transform(), objective), outputs)
 
 
 # ---------------------------------------------------------------- what a model does to its logits
 
 
-def _recipe(model: PreTrainedModel) -> DecoderLoss:
+def recipe_of(model: PreTrainedModel) -> DecoderLoss:
     """How this model's loss is computed, tried on four tokens. Raises InputError if it has another one."""
     own, kind = _signature(type(model)), type(model).__name__
     if model.config.is_encoder_decoder or model.get_output_embeddings() is None or "labels" not in own.parameters:

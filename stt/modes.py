@@ -1,4 +1,4 @@
-"""A training mode is one row: which score chooses the neurons, what adapts them, what trains."""
+"""A training mode is one row: which score chooses the units, what adapts them, what trains."""
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -13,7 +13,9 @@ from stt import scores
 from stt.batches import Batch
 from stt.calibrate import MIN_TOKENS
 from stt.errors import InputError, unknown_name
-from stt.selecting import Budget, composition, kept, measure
+from stt.heads import find_heads, sites_named
+from stt.mlps.stt_linear import STTLinear
+from stt.selecting import Budget, composition, kept, measure, measured_for
 from stt.selection import Selection
 from stt.sites import find_sites
 from stt.stt_lora import STTLoraLinear, add_stt_lora
@@ -23,7 +25,7 @@ from stt.surgery import head_parameters, replace_module, sliced_parameters, trai
 
 @dataclass(frozen=True)
 class Mode:
-    """`score` None keeps every neuron. `trains`: "everything", the "kept" neurons, or a "lora"."""
+    """`score` None keeps every unit. `trains`: "everything", the "kept" units, or a "lora"."""
 
     score: str | None
     trains: str
@@ -59,9 +61,11 @@ def find(name: str, score: str | None = None) -> Mode:
     return replace(MODES[name], score=score)
 
 
-def check_sites(model: nn.Module, partial: str) -> None:
-    """Raises InputError if only a part of the model's feed-forward blocks can be sliced, unless `partial` is "ok"."""
-    lost = find_sites(model).lost
+def check_sites(model: nn.Module, partial: str, units: str = "neurons") -> None:
+    """Raises InputError if the model has no site of these units (selecting.UNITS), or if only a part of its blocks can
+    be sliced, unless `partial` is "ok"."""
+    finders = {"neurons": [find_sites], "heads": [find_heads], "both": [find_sites, find_heads]}[units]
+    lost = [entry for find in finders for entry in find(model).lost]
     if lost and partial != "ok":
         raise InputError(f"only a part of {type(model).__name__} can be sliced: {lost[0].name} and {len(lost) - 1} "
                          f"more cannot ({lost[0].reason}); `stt sites` lists them, --partial ok goes on with the rest")
@@ -69,18 +73,19 @@ def check_sites(model: nn.Module, partial: str) -> None:
 
 def select_units(mode: Mode, model: nn.Module, batches: Iterable[Batch], tokenizer: PreTrainedTokenizerBase | None,
                  size: Budget, threshold: float, seed: int, count_padding: bool = False, select_on: str = "all",
-                 compensate: str = "none", min_tokens: int = MIN_TOKENS) -> tuple[Selection, dict[str, dict[str, int]]]:
-    """The mode's selection and, for STT's, its composition by site. Every other score gets STT's sizes site by site,
-    so that modes differ in which neurons they keep and in nothing else."""
-    measured = measure(model, batches, tokenizer, ["stt", mode.score], threshold=threshold, seed=seed,
-                       count_padding=count_padding, select_on=select_on, compensate=compensate,
-                       min_tokens=min_tokens)
+                 compensate: str = "none", min_tokens: int = MIN_TOKENS,
+                 units: str = "neurons") -> tuple[Selection, dict[str, dict[str, int]]]:
+    """The mode's selection of these units (selecting.UNITS) and, for STT's, the composition of its neurons by site.
+    Every other score gets STT's sizes site by site, so that modes differ in which units they keep and in nothing
+    else."""
+    methods, head_score = measured_for(["stt", mode.score], units)
+    measured = measure(model, batches, tokenizer, methods, threshold=threshold, seed=seed, count_padding=count_padding,
+                       select_on=select_on, compensate=compensate, min_tokens=min_tokens, head_score=head_score)
     if mode.score == "stt":
         by_stt = kept(measured, "stt", size)
         return by_stt, composition(measured, by_stt)
     counts = {site: len(ids) for site, ids in kept(measured, "stt", size, "none").items()}
-    matched = Budget(size.topk_ratio, size.keep_ratio, counts, width=size.width, multiple_of=size.multiple_of)
-    return kept(measured, mode.score, matched), {}
+    return kept(measured, mode.score, replace(size, counts=counts)), {}
 
 
 def prepare(mode: Mode, model: nn.Module, selection: Selection | None, lora: Lora, head: str,
@@ -93,6 +98,7 @@ def prepare(mode: Mode, model: nn.Module, selection: Selection | None, lora: Lor
     if head == "untie":
         untie_head(model)
     attention = other_projections(model) if tune_attn else []
+    projections = [] if selection is None else _attention_projections(model, selection)
     if selection is not None:
         apply(model, selection)
     if mode.trains == "everything":
@@ -100,7 +106,7 @@ def prepare(mode: Mode, model: nn.Module, selection: Selection | None, lora: Lor
     elif mode.trains == "kept":
         chosen = sliced_parameters(model)
     else:
-        chosen = add_lora(model, lora) if selection is None else add_stt_lora(model, lora.r, lora.alpha, lora.dropout)
+        chosen = add_lora(model, lora) if selection is None else _add_lora_to_kept(model, lora, projections)
     chosen += [f"{name}.{parameter}" for name in attention
                for parameter, _ in model.get_submodule(name).named_parameters(recurse=False)]
     return train_only(model, chosen, head)
@@ -117,13 +123,34 @@ def other_projections(model: nn.Module) -> list[str]:
 
 def add_lora(model: nn.Module, lora: Lora) -> list[str]:
     """PEFT LoRA on every linear layer but the head; names of the new parameters."""
+    heads = {name.rpartition(".")[0] for name in head_parameters(model)}
+    output = model.get_output_embeddings()
+    return _inject(model, lora, [name for name, module in model.named_modules()
+                                 if isinstance(module, nn.Linear | Conv1D) and name not in heads
+                                 and module is not output])
+
+
+def _attention_projections(model: nn.Module, selection: Selection) -> list[str]:
+    """Names of the linear layers of the attention sites of a selection."""
+    sites = sites_named(model, selection)
+    modules = [member.module for name in selection if sites[name].units == "heads" for member in sites[name].members]
+    return [name for name in dict.fromkeys(modules) if isinstance(model.get_submodule(name), nn.Linear | Conv1D)]
+
+
+def _add_lora_to_kept(model: nn.Module, lora: Lora, projections: list[str]) -> list[str]:
+    """LoRA on every STTLinear, and PEFT's on the attention projections, which keep their class when they are made
+    narrow; names of the new parameters."""
+    injected = _inject(model, lora, projections) if projections else []
+    has_neurons = any(isinstance(module, STTLinear) for module in model.modules())
+    of_neurons = add_stt_lora(model, lora.r, lora.alpha, lora.dropout) if has_neurons or not injected else []
+    return injected + of_neurons
+
+
+def _inject(model: nn.Module, lora: Lora, targets: list[str]) -> list[str]:
+    """PEFT LoRA on the layers of these names; names of the new parameters."""
     from peft import LoraConfig, inject_adapter_in_model
 
     before = {name for name, _ in model.named_parameters()}
-    heads = {name.rpartition(".")[0] for name in head_parameters(model)}
-    output = model.get_output_embeddings()
-    targets = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
-               and name not in heads and module is not output]
     config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
     inject_adapter_in_model(config, model)
     return [name for name, _ in model.named_parameters() if name not in before and "lora_" in name]

@@ -70,7 +70,7 @@ class Observer:
         with torch.autocast(rows.device.type, enabled=False):  # sums stay float32 whatever the model computes in
             for statistics, part in zip(self.halves, _apart(shown, self._rows_in_b), strict=True):
                 for statistic in statistics if part is not None else ():
-                    if statistic.needs != ("weights",):
+                    if statistic.units == self.site.units and statistic.needs != ("weights",):
                         statistic.update(self.site.name, part)
 
     def _rows_in_b(self, rows: int) -> Tensor:

@@ -26,9 +26,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from stt.calibrate import body_of, last_site
+from stt.chunked import Transform, summed_at
 from stt.dummy import dummy_inputs, fitting_inputs
 from stt.errors import InputError
-from stt.loss import Transform, cross_entropy_at, is_head_on_body
+from stt.loss import is_head_on_body
 from stt.observe import Done
 from stt.sites import find_sites
 from stt.trace import evaluating
@@ -151,7 +152,7 @@ def _loss(model: PreTrainedModel, batch: Batch, head: nn.Linear | None,
             if head is None:
                 return _own_loss(model(**inputs))
             hidden = model.base_model(**inputs, return_dict=True).last_hidden_state  # (B, T, D)
-            return cross_entropy_at(hidden, head.weight, head.bias, rows, rows, Transform())
+            return summed_at(hidden, head.weight, head.bias, rows, rows, Transform())
     return loss
 
 

@@ -77,18 +77,18 @@ def training_curve(rows: Sequence[Mapping[str, float | None]], path: str | Path,
         axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)
 
 
-def kept_units(sites: Sequence[Mapping[str, object]], path: str | Path) -> None:
-    """Kept neurons of every site on top of its dense width."""
+def kept_units(sites: Sequence[Mapping[str, object]], path: str | Path, units: str = "neurons") -> None:
+    """Kept units ("neurons" or "heads") of every site on top of its dense width."""
     widths, kept = [site["width"] for site in sites], [site["kept"] for site in sites]
     with figure(path, 2.8) as (_, axes):
         places = _site_axis(axes, sites)
         axes.bar(places, widths, width=0.72, color="#eef2f7")
         bars = axes.bar(places, kept, width=0.72, color=BLUE)
         if len(sites) <= 16:
-            labels = [f"{units}\n{units / width:.0%}" for units, width in zip(kept, widths, strict=True)]
+            labels = [f"{count}\n{count / width:.0%}" for count, width in zip(kept, widths, strict=True)]
             axes.bar_label(bars, labels, padding=3, fontsize=8, color=INK, linespacing=1.15)
-        axes.set_title(f"Kept neurons: {sum(kept):,} of {sum(widths):,} ({sum(kept) / sum(widths):.1%})")
-        axes.set_ylabel("neurons")
+        axes.set_title(f"Kept {units}: {sum(kept):,} of {sum(widths):,} ({sum(kept) / sum(widths):.1%})")
+        axes.set_ylabel(units)
         axes.set_ylim(0, max(widths) * 1.02)
 
 

@@ -11,7 +11,19 @@ from pathlib import Path
 from stt import plots
 from stt.comparison import HEADS, compare, main_metric, measured, split_name
 from stt.runs import load_run
-from stt.words import amount, arrows, decimal, duration, listed, markdown_table, mebibytes, model_name, percent, wilson
+from stt.words import (
+    amount,
+    arrows,
+    decimal,
+    duration,
+    listed,
+    lost,
+    markdown_table,
+    mebibytes,
+    model_name,
+    percent,
+    wilson,
+)
 
 __all__ = ["compare", "load_run", "summary_lines", "write_report"]
 
@@ -66,19 +78,35 @@ def _summary(results: Mapping[str, object]) -> list[tuple[str, str]]:
     rows += [("parameters", f"{amount(parameters['dense'])} dense, {amount(parameters['kept'])} kept, "
               f"{amount(parameters['trained'])} trained ({amount(parameters['trained_without_head'])} without the "
               f"head; head {HEADS.get(results['head'], results['head'])})")]
-    if results["sites"]:
-        rows.append(("neurons", f"{percent(parameters['kept_fraction_of_units'])} kept in {len(results['sites'])} "
-                     f"sites, chosen by {results['selected_by']}"))
-        rows += _agreement(results["sites"])
+    for units, sites in _by_units(results["sites"]).items():
+        rows.append((units, f"{_kept(sites)} kept in {len(sites)} sites, chosen by {results['selected_by']}"))
+        rows += _agreement(sites)
     if "perplexity" in results:
         rows.append(("perplexity", arrows(results["perplexity"], ("dense", "sliced", "trained"), decimal)))
-    rows.append(("FLOPs", listed(results["flops"], ("selection", "training", "inference"), amount)))
+    rows.append(("FLOPs", listed(results["flops"], ("selection", "training", "teacher", "inference"), amount)))
     ratio = (results.get("throughput") or {}).get("ratio")
     if ratio:
         rows.append(("speed", f"{_speed_words(ratio)} of the dense model"))
+    if results.get("training_tokens_per_second"):
+        rows.append(("training speed", f"{amount(results['training_tokens_per_second'])} tokens a second, padding and "
+                     "validation aside"))
+    if results.get("truncation"):
+        counts = dict(results["truncation"])
+        rows.append(("max_length", f"{counts.pop('max_length'):,} tokens; {lost(counts)}"))
     rows.append(("time", listed(results["seconds"], ("selection", "training", "evaluation", "total"), duration)))
     rows.append(("peak memory", mebibytes(results.get("peak_memory_bytes"))))
     return rows
+
+
+def _by_units(sites: Sequence[Mapping[str, object]]) -> dict[str, list[Mapping[str, object]]]:
+    """The sites of neurons, and those of attention heads, of which there are any."""
+    kinds = {units: [site for site in sites if site["units"] == units] for units in ("neurons", "heads")}
+    return {units: of_kind for units, of_kind in kinds.items() if of_kind}
+
+
+def _kept(sites: Sequence[Mapping[str, object]]) -> str:
+    """The share kept of the units of these sites."""
+    return percent(sum(site["kept"] for site in sites) / sum(site["width"] for site in sites))
 
 
 def _scores(results: Mapping[str, object]) -> list[tuple[str, str]]:
@@ -97,7 +125,7 @@ def _scores(results: Mapping[str, object]) -> list[tuple[str, str]]:
         rows.append(("answer loss", f"{decimal(results['answer_loss'])} nats per answer token of the "
                      f"{split_name(results)} data"))
     if accuracy.get("restored") is not None:
-        rows.append(("restored", f"{percent(accuracy['restored'])} with the removed neurons put back"))
+        rows.append(("restored", f"{percent(accuracy['restored'])} with the removed units put back"))
     return rows
 
 
@@ -110,7 +138,7 @@ def _speed_words(ratio: Mapping[str, float]) -> str:
 
 
 def _agreement(sites: Sequence[Mapping[str, object]]) -> list[tuple[str, str]]:
-    """How far two halves of the data would have kept the same neurons."""
+    """How far two halves of the data would have kept the same units."""
     known = [site for site in sites if site["jaccard"] is not None]
     if not known:
         return []
@@ -139,9 +167,9 @@ def _sections(results: Mapping[str, object], figures: Mapping[str, str]) -> list
     sections = [Section("Summary", rows=[("", ""), *_summary(results)])]
     if "training" in figures:
         sections.append(Section("Training", "Faint: every logged step. Bold: smoothed.", figure=figures["training"]))
-    if "kept" in figures:
-        sections.append(Section("Kept neurons", "Pale: the dense model's.", _site_rows(results["sites"]),
-                                figures["kept"]))
+    for units, sites in _by_units(results["sites"]).items():
+        sections.append(Section(f"Kept {units}", f"Pale: the dense model's.{_what_a_head_is(sites)}", _site_rows(sites),
+                                figures[units]))
     if "composition" in figures:
         sections.append(Section("Composition", "A neuron is kept if its mean pre-activation or its activation rate is "
                                 "among the largest of its site.", figure=figures["composition"]))
@@ -155,6 +183,14 @@ def _sections(results: Mapping[str, object], figures: Mapping[str, str]) -> list
                                                   ("commit", results["git_commit"] or "outside git"),
                                                   ("versions", packages)]))
     return sections
+
+
+def _what_a_head_is(sites: Sequence[Mapping[str, object]]) -> str:
+    """In words, for sites of heads."""
+    if sites[0]["units"] == "neurons":
+        return ""
+    counts = sorted({site["query_heads_of_unit"] for site in sites})
+    return f" One is a key/value head with the {' or '.join(map(str, counts))} query head(s) that read it."
 
 
 def _class_rows(classes: Sequence[Mapping[str, object]]) -> list[list[str]]:
@@ -186,11 +222,12 @@ def _figures(folder: Path, results: Mapping[str, object]) -> dict[str, str]:
         rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
         plots.training_curve(rows, folder / "plots" / "training.png", results["mode"], _loss_name(results))
         drawn["training"] = "plots/training.png"
-    if sites:
-        plots.kept_units(sites, folder / "plots" / "kept.png")
-        drawn["kept"] = "plots/kept.png"
-    if sites and all(key in site for site in sites for key, _, _ in plots.COMPOSITION):
-        plots.composition(sites, folder / "plots" / "composition.png")
+    for units, of_kind in _by_units(sites).items():
+        drawn[units] = "plots/kept.png" if units == "neurons" else "plots/kept_heads.png"
+        plots.kept_units(of_kind, folder / drawn[units], units)
+    neurons = _by_units(sites).get("neurons", [])
+    if neurons and all(key in site for site in neurons for key, _, _ in plots.COMPOSITION):
+        plots.composition(neurons, folder / "plots" / "composition.png")
         drawn["composition"] = "plots/composition.png"
     if 1 < len(results.get("classes") or ()) <= MOST_CLASSES:
         names = [str(each["name"]) for each in results["classes"]]
@@ -236,9 +273,10 @@ th {{ color: #64748b; font-weight: 500; }} tr:last-child td {{ border-bottom: 0;
 
 def _html(title: str, sections: Sequence[Section], folder: Path, results: Mapping[str, object]) -> str:
     parameters = results["parameters"]
+    shares = {units: _kept(sites) for units, sites in _by_units(results["sites"]).items()} or {"neurons": percent(1.0)}
     cards = ((_score_name(results), percent(measured(results))),
              ("trained parameters", amount(parameters["trained"])),
-             ("neurons kept", percent(parameters["kept_fraction_of_units"] if results["sites"] else 1.0)),
+             *((f"{units} kept", share) for units, share in shares.items()),
              ("training", duration(results["seconds"]["training"])))
     return PAGE.format(title=html.escape(title), colour=plots.MODE_COLOURS.get(results["mode"], plots.INK),
                        cards="".join(f"<div><b>{value}</b><span>{name}</span></div>" for name, value in cards),

@@ -37,6 +37,11 @@ class Selection(Mapping[str, Tensor]):
     def widths(self) -> dict[str, int]:
         return self.meta.get("widths", {})
 
+    @property
+    def heads(self) -> dict[str, int]:
+        """Query heads of one unit, of every attention site; the units of other sites are neurons."""
+        return self.meta.get("heads", {})
+
     def __getitem__(self, site: str) -> Tensor:
         return self._units[site]
 
@@ -89,7 +94,7 @@ class Selection(Mapping[str, Tensor]):
             raise InputError(f"the selections are of different sites ({_names(self)} against {_names(other)}): "
                              "make both on the same model")
         units = {site: combine(ids, _checked(site, other[site], None)) for site, ids in self.items()}
-        return Selection(units, {key: self.meta[key] for key in ("widths", "fingerprint") if key in self.meta})
+        return Selection(units, {key: self.meta[key] for key in ("widths", "fingerprint", "heads") if key in self.meta})
 
     # ------------------------------------------------------------ file
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -80,6 +80,11 @@ class Site:
     is_routed: bool = False  # it reads the positions that a router sends it
     heads: int = 1  # query heads of one unit, in attention
     sizes: tuple[Size | Argument, ...] = ()  # what changes in an attention module besides its tensors
+
+    @property
+    def units(self) -> str:
+        """What its units are: "neurons" or "heads"."""
+        return "heads" if self.kind == "attention" else "neurons"
 
     @property
     def owner(self) -> str:
@@ -201,14 +206,28 @@ def _shapes(model: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
 
 def describe(model: nn.Module) -> dict[str, object]:
     """What was found and what was left out and why, as JSON: the answer of `stt sites`. A model of which nothing can be
-    sliced has no sites and all the reasons."""
+    sliced has no sites and all the reasons. `heads` are the query heads of one unit of attention, 0 for neurons."""
     from stt.discover import discover
 
-    sites, left_out = discover(model, None)
+    found = {"neurons": discover(model, None), "heads": _heads(model)}
     return {"model": type(model).__name__,
             "sites": [{"name": site.name, "kind": site.kind, "form": site.form, "width": site.width,
-                       "group": site.group, "members": _own_names(site)} for site in sites],
-            "left_out": [{"name": entry.name, "reason": entry.reason, "is_loss": entry.is_loss} for entry in left_out]}
+                       "group": site.group, "members": _own_names(site), "units": units,
+                       "heads": site.heads if units == "heads" else 0}
+                      for units, (sites, _) in found.items() for site in sites],
+            "left_out": [{"name": entry.name, "reason": entry.reason, "is_loss": entry.is_loss, "units": units}
+                         for units, (_, left_out) in found.items() for entry in left_out]}
+
+
+def _heads(model: nn.Module) -> tuple[list[Site], Sequence[LeftOut]]:
+    """The attention sites and what is left out."""
+    from stt.heads import discover_heads, find_heads
+
+    try:
+        heads = find_heads(model)
+    except InputError:  # there is none
+        return [], discover_heads(model)[1]
+    return list(heads.values()), heads.left_out
 
 
 def _own_names(site: Site) -> list[str]:

@@ -56,13 +56,12 @@ class STTTransformer:
             raise InputError("the model is sliced already: apply a selection to the dense model")
         chosen = [self.sites[name] for name in self.selection]
         plan = [(site, self._layers(site, self.selection[site.name])) for site in chosen if site.form == "linear"]
-        in_place = [site for site in chosen if site.form != "linear"
-                    and (site.kind != "attention" or len(self.selection[site.name]) < site.width)]
+        in_place = [site for site in chosen if site.form != "linear"]
         narrow_tensors = narrowed_tensors(self.model, in_place, self.selection)
         remember_widths(self.model, in_place, self.selection)
         narrow(self.model, narrow_tensors)
         for site in in_place:
-            if site.kind == "attention":
+            if site.kind == "attention" and len(self.selection[site.name]) < site.width:
                 resize(self.model, site, self.selection[site.name])
         if any(value.shape[-1] * value.element_size() % ALIGNED for site in in_place if site.form == "experts"
                for value in (narrow_tensors[member.tensor] for member in site.members)):
@@ -207,4 +206,6 @@ def selection_for(sites: Sites, given: Mapping[str, Ids], layer_name_map: Mappin
     ordered = {name: units[name] for name in sites if name in units}
     widths = {name: site.width for name, site in sites.items()}
     values = given.new_values if isinstance(given, Selection) else {}
-    return Selection(ordered, {**meta, "widths": widths, "fingerprint": sites.fingerprint}, values)
+    heads = {name: site.heads for name, site in sites.items() if site.units == "heads"}
+    about = {"widths": widths, "fingerprint": sites.fingerprint, **({"heads": heads} if heads else {})}
+    return Selection(ordered, meta | about, values)

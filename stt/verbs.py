@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from stt.arguments import resolve_model
+from stt.arguments import Precision, check_choices, check_ranges, resolve_model
 from stt.cli import run
 from stt.errors import InputError, unknown_name
 from stt.plan_arguments import PlanArgs
@@ -36,7 +36,7 @@ class ReportArgs:
 
 @dataclass(frozen=True)
 class SitesArgs:
-    """Show the feed-forward sites of a model, and what was looked at and left out."""
+    """Show the sites of a model, of neurons and of attention heads, and what was looked at and left out."""
 
     model: Annotated[str, Positional, arg(metavar="MODEL")]
     """folder, hub id or alias"""
@@ -100,6 +100,35 @@ class SweepArgs:
                 raise InputError(f"{name} is about `stt sweep {owner}`, not `stt sweep {self.action}`; leave it out.")
 
 
+@dataclass(frozen=True)
+class EvalArgs:
+    """Measure a model on standard benchmarks, by lm-evaluation-harness."""
+
+    run: Annotated[str, Positional, arg(metavar="RUN")]
+    """run folder, folder of a model (sliced or not), or hub id"""
+    harness: Annotated[tuple[str, ...], arg(metavar="TASK ...")]
+    """names of its tasks, as in --harness arc_easy hellaswag; `*` and `?` match several"""
+    include: str | None = None
+    """folder with task files (YAML) of your own"""
+    shots: int | None = None
+    """examples before each question; None = as the task says"""
+    limit: int | None = None
+    """questions of each task; None = all"""
+    eval_batch: int = 8
+    """examples per batch"""
+    precision: Precision = "auto"
+    """compute type; auto = bf16 on a GPU that has it, else fp32"""
+    out: str | None = None
+    """file for the numbers; None = harness.json in RUN"""
+
+    def __post_init__(self) -> None:
+        check_choices(self, {"precision": Precision})
+        check_ranges(self, ((("eval_batch", "limit"), lambda x: x >= 1, "1 or more"),
+                            (("shots",), lambda x: x >= 0, "0 or more")))
+        if not self.harness:
+            raise InputError("no task given; name those of lm-evaluation-harness, as in --harness arc_easy.")
+
+
 def report(args: ReportArgs) -> None:
     """`stt report`"""
     from stt.report import compare, load_run
@@ -139,6 +168,15 @@ def export(args: ExportArgs) -> None:
     sys.stdout.write(f"{args.out}\n")
 
 
+def evaluate(args: EvalArgs) -> None:
+    """`stt eval`"""
+    from stt.harness import evaluate_folder
+
+    table, path = evaluate_folder(resolve_model(args.run), args.harness, args.include, args.shots, args.limit,
+                                  args.eval_batch, args.precision, args.out)
+    sys.stdout.write(f"{table}\n{path}\n")
+
+
 def plan(args: PlanArgs) -> None:
     """`stt plan`"""
     from stt.plan import planned
@@ -169,7 +207,7 @@ def sweep(args: SweepArgs) -> int:
 
 VERBS: dict[str, tuple[Callable[..., int | None], type]] = {
     "report": (report, ReportArgs), "sites": (sites, SitesArgs), "export": (export, ExportArgs),
-    "plan": (plan, PlanArgs), "sweep": (sweep, SweepArgs)}
+    "eval": (evaluate, EvalArgs), "plan": (plan, PlanArgs), "sweep": (sweep, SweepArgs)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -191,15 +229,21 @@ def _usage() -> str:
 
 
 def _site_table(found: Mapping[str, object]) -> str:
-    """`found` as stt.sites.describe makes it. The experts of one stack are one row."""
+    """`found` as stt.sites.describe makes it. The experts of one stack are one row; the width of an attention is its
+    units (key/value heads) x the query heads of each."""
     header = ("site", "form", "kind", "width", "members")
     stacks = [list(sites) for _, sites in itertools.groupby(found["sites"], key=lambda site: site["group"])]
     rows = [(sites[0]["name"] + (f" ... {sites[-1]['name'].rpartition('.')[2]}" if len(sites) > 1 else ""),
-             sites[0]["form"], sites[0]["kind"], str(sites[0]["width"]), ", ".join(sites[0]["members"]))
+             sites[0]["form"], sites[0]["kind"], _width(sites[0]), ", ".join(sites[0]["members"]))
             for sites in stacks]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
              for row in (header, *rows)]
-    lines += [f"{'lost' if entry['is_loss'] else 'left out'}  {entry['name']}: {entry['reason']}"
+    lines += [f"{entry['units']} {'lost' if entry['is_loss'] else 'left out'}  {entry['name']}: {entry['reason']}"
               for entry in found["left_out"]]
     return "\n".join(lines)
+
+
+def _width(site: Mapping[str, object]) -> str:
+    """Neurons, or units times the query heads of each."""
+    return f"{site['width']} x {site['heads']}" if site["units"] == "heads" else str(site["width"])

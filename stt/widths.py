@@ -17,7 +17,7 @@ from stt import serving
 from stt.checkpoint import aliases, empty_model
 from stt.errors import InputError
 from stt.narrow import parts_of
-from stt.sites import Sites
+from stt.sites import Site, Sites
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,7 @@ Entry = tuple[Keys, object, set[int]]  # where, the value, the whole numbers bes
 Widths = dict[int, int]  # dense width of a site -> width in the exported model
 Change = tuple[dict[Keys, object], Widths]  # new config values, and the widths they give
 Shapes = dict[str, tuple[int, ...]]
+Spans = list[tuple[str, int, int]]  # of a tensor of a site: name, axis, dense width of the site
 UNFIT = (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AttributeError, AssertionError,
          StrictDataclassError)  # how a config or a model class refuses a value
 
@@ -39,8 +40,9 @@ def narrow_config(sliced: PreTrainedModel, dense: PreTrainedModel, sites: Sites,
     Raises InputError if no width can be set.
     """
     needed = _needed_widths(sliced, multiple_of, beyond_dense)
+    spans = _spans(dense, [sites[name] for name in sliced.stt_selection])
     for some in _fewer_and_fewer(needed):
-        found = _fitting_config(sliced, dense, sites, some)
+        found = _fitting_config(type(sliced), dense, spans, some)
         if found is not None:
             whole = sorted(width for width in needed if some[width] == width > needed[width])
             if whole:
@@ -59,17 +61,16 @@ def _fewer_and_fewer(needed: Widths) -> Iterator[Widths]:
             yield needed | {width: width for width in whole}
 
 
-def _fitting_config(sliced: PreTrainedModel, dense: PreTrainedModel, sites: Sites,
+def _fitting_config(kind: type[PreTrainedModel], dense: PreTrainedModel, spans: Spans,
                     needed: Widths) -> tuple[PreTrainedConfig, Widths] | None:
-    data = dense.config.to_dict()
+    data, shapes = dense.config.to_dict(), _shapes(dense)
     for changes, widths in _candidates(list(_entries(data, dense.config)), needed):
-        wanted = _padded_shapes(sliced, dense, sites, widths)
         try:
             config = type(dense.config).from_dict(_changed(data, changes))
-            plain = empty_model(type(sliced), config, None, "meta")
+            plain = empty_model(kind, config, None, "meta")
         except UNFIT:
             continue
-        if {name: tuple(value.shape) for name, value in plain.state_dict().items()} == wanted:
+        if _shapes(plain) == _padded(shapes, spans, widths):
             said = ", ".join(f"{'.'.join(map(str, keys))} = {value}" for keys, value in changes.items())
             logger.info("changed in the config: %s", said or "nothing")
             return config, widths
@@ -163,19 +164,24 @@ def _exact_ratio(width: int, hidden: int) -> float:
     return exact if int(hidden * exact) == width else math.nextafter(exact, math.inf)
 
 
-def _padded_shapes(sliced: PreTrainedModel, dense: PreTrainedModel, sites: Sites, widths: Widths) -> Shapes:
-    """The shape of every tensor of the plain model with these widths; `dense` is on the meta device."""
-    shapes = {name: tuple(value.shape) for name, value in dense.state_dict().items()}
-    selected = [sites[name] for name in sliced.stt_selection]
+def _shapes(model: PreTrainedModel) -> Shapes:
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def _spans(dense: PreTrainedModel, selected: list[Site]) -> Spans:
+    """Where the units of these sites lie in the state dict of the dense model, under every name of a tensor."""
     everything = {site.name: torch.arange(site.width) for site in selected}
     width_of = {tensor: site.width for site in selected for tensor in parts_of(dense, [site], everything)}
-    for name, parts in parts_of(dense, selected, everything).items():
-        axis, old = parts[0][0].axis, width_of[name]
-        for alias in aliases(dense, name):
-            shape = list(shapes[alias])
-            shape[axis] = shape[axis] // old * widths[old]
-            shapes[alias] = tuple(shape)
-    return shapes
+    return [(alias, parts[0][0].axis, width_of[tensor])
+            for tensor, parts in parts_of(dense, selected, everything).items() for alias in aliases(dense, tensor)]
+
+
+def _padded(shapes: Shapes, spans: Spans, widths: Widths) -> Shapes:
+    """The shape of every tensor of the plain model with these widths."""
+    padded = {name: list(shape) for name, shape in shapes.items()}
+    for name, axis, old in spans:
+        padded[name][axis] = padded[name][axis] // old * widths[old]
+    return {name: tuple(shape) for name, shape in padded.items()}
 
 
 def _changed(data: Mapping[str, object], changes: Mapping[Keys, object]) -> dict[str, object]:

@@ -75,6 +75,17 @@ def listed(values: Mapping[str, float], keys: Sequence[str], words: Words) -> st
     return ", ".join(f"{key} {words(values[key])}" for key in keys if key in values) or "–"
 
 
+def lost(truncation: Mapping[str, Mapping[str, int]]) -> str:
+    """train: 3 of 900 prompts cut, 1 answers left out; test: ... Splits that lost nothing are not named."""
+    parts = []
+    for split, counts in truncation.items():
+        of_split = [f"{counts['prompts_cut']} of {counts['examples']} prompts cut"] if counts["prompts_cut"] else []
+        of_split += [f"{counts[name]} {name.replace('_', ' ')}" for name in ("answers_left_out", "examples_left_out")
+                     if counts[name]]
+        parts += [f"{split}: {', '.join(of_split)}"] if of_split else []
+    return "; ".join(parts) or "nothing cut or left out"
+
+
 def arrows(values: Mapping[str, float], keys: Sequence[str], words: Words) -> str:
     """12.1 dense → 13.4 sliced"""
     return " → ".join(f"{words(values[key])} {key}" for key in keys if key in values) or "–"

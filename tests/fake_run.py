@@ -13,8 +13,8 @@ def results(mode: str = "stt", seed: int = 0, correct: int = 210, head: str = "t
     """A made-up results.json: 300 test examples, 1,000,000 dense parameters."""
     selects = mode not in ("baseline", "lora")
     kept = [60 + 5 * layer for layer in range(sites)]
-    found = [{"name": f"model.layers.{layer}.mlp", "width": WIDTH, "kept": units, "jaccard": 0.8 - layer / 100,
-              "margin": 0.01}
+    found = [{"name": f"model.layers.{layer}.mlp", "width": WIDTH, "kept": units, "units": "neurons",
+              "jaccard": 0.8 - layer / 100, "margin": 0.01}
              | ({"mean_only": units - 40, "both": 25, "rate_only": 15} if mode.startswith("stt") else {})
              for layer, units in enumerate(kept)] if selects else []
     speed = {"prefill_seconds": 0.5, "decode_tokens_per_second": 100.0, "latency_seconds_per_token": 0.01}

@@ -63,7 +63,7 @@ def test_published_flags(cls: type) -> None:
     ({"active_thresholds": "nan"}, "active_thresholds must be finite"),
     ({"keep_ratio": 0.3, "keep_ratios": "0.1,0.3"}, "give one of them"),
     ({"seeds": 0}, "seeds must be 1 or more"),
-    ({"resume": True}, "resume has no meaning in an ablation"),
+    ({"select_best": True}, "select_best has no meaning in an ablation"),
     ({"score": "wanda"}, "--mode names the scores"),
     ({"eval_epochs": False}, "a trial is validated once"),
     ({"mode": "transfer"}, "say which with --source_task"),
@@ -215,11 +215,17 @@ def test_packed_bits_come_back() -> None:
 
 def test_the_folder_goes_on_with_the_same_flags_alone(tmp_path: Path) -> None:
     args = resolve(LLMAblationArgs(output_dir=str(tmp_path), run_name="a", test_size=10))
+    with pytest.raises(InputError, match="nothing to resume"):
+        study.open_folder(dataclasses.replace(args, resume=True))
     folder = study.open_folder(args)
-    assert study.open_folder(dataclasses.replace(args, seeds=3, mode="stt,lora")) == folder
+    assert study.open_folder(dataclasses.replace(args, seeds=3, mode="stt,lora", resume=True)) == folder
     with pytest.raises(InputError, match=r"was started with num_epoch 1, now it is 2: .*--overwrite"):
         study.open_folder(dataclasses.replace(args, num_epoch=2))
     assert str(CHECKOUT) not in json.dumps(json.loads((folder / "args.json").read_text())["arguments"])
+    older = json.loads((folder / "args.json").read_text())
+    del older["arguments"]["units"]
+    (folder / "args.json").write_text(json.dumps(older))
+    study.open_folder(args)
     (folder / "cells.jsonl").write_text("old")
     study.open_folder(dataclasses.replace(args, num_epoch=2, overwrite=True))
     assert not (folder / "cells.jsonl").exists()

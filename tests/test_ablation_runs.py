@@ -68,7 +68,7 @@ def watched(run: Callable[..., object], looked_at: list[tuple[int, str]]) -> Cal
             looked_at.append((self._seed, split))
             return self._bench.correct(model, split)
 
-    return lambda bench, cell, log: run(Watched(bench, cell.seed), cell, log)
+    return lambda bench, cell, *rest: run(Watched(bench, cell.seed), cell, *rest)
 
 
 def test_rows_and_files(whole: tuple[Path, list[tuple[int, str]]]) -> None:

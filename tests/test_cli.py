@@ -399,13 +399,3 @@ def test_stt_report_that_cannot_be_written(tmp_path, capsys):
         assert str(tmp_path / out) in error
         assert error.count("\n") == 1
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["comparison.png"]
-
-
-def test_site_table():
-    block = {"form": "linear", "kind": "glu", "width": 8, "members": ["gate", "down"], "group": "0"}
-    stack = {"form": "experts", "kind": "glu_fused", "width": 4, "members": ["gate_up", "down"], "group": "e"}
-    found = {"sites": [{"name": "layers.0.mlp", **block}, *({"name": f"e.{i}", **stack} for i in range(9))],
-             "left_out": [{"name": "layers.1", "reason": "mixes neurons", "is_loss": True}]}
-    assert [" ".join(line.split()) for line in verbs._site_table(found).splitlines()] == [
-        "site form kind width members", "layers.0.mlp linear glu 8 gate, down",
-        "e.0 ... 8 experts glu_fused 4 gate_up, down", "lost layers.1: mixes neurons"]

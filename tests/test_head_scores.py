@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -10,15 +11,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import stt
+from stt.batches import Batch
 from stt.errors import InputError
-from stt.head_scores import SCORES, score_heads, select_heads
+from stt.head_scores import SCORES, matching
 from stt.heads import find_heads
+from stt.selecting import HEADS, measure
+from stt.sites import find_sites
 from tests.architectures.build import build
+from tests.architectures.matrix import difference
+from tests.architectures.matrix import masked as with_masked_neurons
+from tests.attention import masked, run
 
 IDS = torch.tensor([[5, 9, 33, 7, 8], [4, 20, 0, 0, 0]])
 BATCH = {"input_ids": IDS, "attention_mask": (IDS != 0).long()}
 REAL = [(0, t) for t in range(5)] + [(1, 0), (1, 1)]  # (example, position) of the words
 TYPES = ["llama", "gpt2", "falcon"]
+
+
+def score_heads(model: nn.Module, data: Iterable[Batch] = (), score: str = "activation_norm",
+                seed: int = 42) -> dict[str, Tensor]:
+    """The scores (U,) of every attention site, alone."""
+    return measure(model, data, None, [], head_score=score, seed=seed, progress=False).scores[HEADS]
 
 
 def read_and_slopes(model: nn.Module, module: str) -> tuple[Tensor, Tensor]:
@@ -76,7 +89,7 @@ def test_random_depends_on_the_seed_and_the_site_alone() -> None:
 def test_the_best_are_kept_and_applied() -> None:
     model = build("gpt2").model
     scores = score_heads(model, [BATCH])
-    selection = select_heads(model, [BATCH], keep=0.5)
+    selection = stt.select(model, [BATCH], units="heads", keep=0.5)
     assert {name: sorted(ids.tolist()) for name, ids in selection.items()} == {
         name: sorted(of_site.argsort()[2:].tolist()) for name, of_site in scores.items()}
     sliced = stt.apply(copy.deepcopy(model), selection)
@@ -85,9 +98,79 @@ def test_the_best_are_kept_and_applied() -> None:
 
 def test_wrong_input() -> None:
     model = build("gpt2").model
-    with pytest.raises(InputError, match="unknown score of heads 'wandb'.*Did you mean 'wanda'"):
-        score_heads(model, [BATCH], score="wandb")
-    with pytest.raises(InputError, match="keep must be in"):
-        select_heads(model, [BATCH], keep=0.0)
+    with pytest.raises(InputError, match="unknown score 'wandb'.*Did you mean 'wanda'"):
+        stt.select(model, [BATCH], score="wandb", units="heads")
+    with pytest.raises(InputError, match="unknown units 'head'.*Did you mean 'heads'"):
+        stt.select(model, [BATCH], units="head")
+    with pytest.raises(InputError, match="heads_keep must be in"):
+        stt.select(model, [BATCH], units="both", heads_keep=0.0)
+    with pytest.raises(InputError, match="heads_keep is a share of attention heads.*give units=\"heads\""):
+        stt.select(model, [BATCH], heads_keep=0.5)
+    for wrong in ({"compensate": "mean"}, {"width": "uniform"}, {"multiple_of": 2},
+                  {"across_sites": True, "keep": 0.5}):
+        with pytest.raises(InputError, match="are about neurons, and only heads are selected"):
+            stt.select(model, [BATCH], units="heads", **wrong)
     with pytest.raises(InputError, match="calibration data is empty"):
-        score_heads(model, [])
+        stt.select(model, units="heads")
+    with pytest.raises(InputError, match="no attention site in Deepseek.*a latent"):
+        stt.select(build("deepseek_v3").model, [BATCH], units="both")
+
+
+# ---------------------------------------------------------------- neurons and heads in one pass
+
+
+@pytest.mark.parametrize(("method", "head_score"), [
+    ("stt", "activation_norm"), ("contribution", "activation_norm"), ("magnitude", "magnitude"), ("wanda", "wanda"),
+    ("taylor", "taylor"), ("random", "random"), ("outside_score:MeanSize", "activation_norm")])
+def test_the_matching_score_of_heads(method: str, head_score: str) -> None:
+    assert matching(method) == head_score
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("method", ["stt", "wanda", "taylor", "magnitude", "gate_product"])
+def test_one_pass_finds_what_two_find(model_type: str, method: str) -> None:
+    """The selection of both kinds of units is that of neurons and that of heads, with the same agreement of halves."""
+    model = build(model_type).model
+    both, neurons, heads = (stt.select(model, [BATCH], score=method, keep=0.5, heads_keep=share, units=units)
+                            for units, share in (("both", 0.25), ("neurons", None), ("heads", 0.25)))
+    assert both == stt.Selection({**neurons, **heads})
+    assert both.meta["reliability"] == neurons.meta["reliability"] | heads.meta["reliability"]
+    assert {len(ids) for ids in heads.values()} == {1}
+    assert [both.meta[key] for key in ("units", "head_score", "heads_keep")] == ["both", matching(method), 0.25]
+    assert both.heads == heads.heads == {name: site.heads for name, site in find_heads(model).items()}
+    alone = score_heads(model, [BATCH], matching(method))
+    together = measure(model, [BATCH], None, [method], head_score=matching(method), progress=False).scores[HEADS]
+    assert all(torch.equal(together[name], alone[name]) for name in alone)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_both_sliced_is_both_masked(model_type: str) -> None:
+    built = build(model_type)
+    selection = stt.select(built.model, [BATCH], score="wanda", keep=0.5, units="both")
+    neurons, heads = find_sites(built.model), find_heads(built.model)
+    of_neurons, of_heads = ({name: selection[name] for name in sites} for sites in (neurons, heads))
+    expected = with_masked_neurons(masked(built.model, heads, of_heads), neurons, of_neurons)
+    assert difference(run(built, built.model), run(built, expected)) > 1e-3
+    assert difference(run(built, stt.apply(copy.deepcopy(built.model), selection)), run(built, expected)) <= 1e-5
+
+
+def test_how_many_heads_are_kept() -> None:
+    model = build("gpt2").model  # 4 heads a layer
+    for given, kept in (({"keep": 0.5}, 2), ({"topk_ratio": 0.25}, 1), ({"keep": 0.25, "heads_keep": 0.75}, 3),
+                        ({"keep": 0.01}, 1), ({"heads_keep": 1.0}, 4)):
+        selection = stt.select(model, [BATCH], units="both", **given)
+        assert {len(selection[name]) for name in find_heads(model)} == {kept}
+    names = [*find_sites(model), *find_heads(model)]
+    as_many = stt.select(model, [BATCH], units="both", keep=dict(zip(names, (5, 6, 1, 3), strict=True)))
+    assert [len(as_many[name]) for name in names] == [5, 6, 1, 3]
+    share_of_heads = stt.select(model, [BATCH], units="both", keep=dict.fromkeys(find_sites(model), 7), topk_ratio=0.5)
+    assert [len(share_of_heads[name]) for name in names] == [7, 7, 2, 2]
+
+
+def test_compensation_is_of_neurons_alone() -> None:
+    model = build("gpt2").model
+    both, neurons = (stt.select(model, [BATCH], keep=0.5, compensate="mean", units=units)
+                     for units in ("both", "neurons"))
+    assert both.new_values.keys() == neurons.new_values.keys()
+    assert all(torch.equal(value, neurons.new_values[name]) for name, value in both.new_values.items())
+

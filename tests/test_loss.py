@@ -96,7 +96,7 @@ class Logits(TorchDispatchMode):
 @pytest.mark.parametrize(("name", "dtype"), [(name, dtype) for name in EVERY for dtype in TOLERANCE
                                              if not (name in EXPERTS and dtype == torch.float64)])
 def test_every_decoder_has_the_plain_loss_and_gradients(name, dtype, monkeypatch):
-    monkeypatch.setattr("stt.loss.CHUNK_ROWS", 3)
+    monkeypatch.setattr("stt.chunked.CHUNK_ROWS", 3)
     model, batch = build(name, dtype)
     tolerance = 1e-6 if name == "mamba" else TOLERANCE[dtype]  # its logits are float32 in any case
     assert_equals_plain(model, batch, tolerance)
@@ -104,7 +104,7 @@ def test_every_decoder_has_the_plain_loss_and_gradients(name, dtype, monkeypatch
 
 @pytest.mark.parametrize("name", EVERY)
 def test_all_logits_never_exist(name, monkeypatch):
-    monkeypatch.setattr("stt.loss.CHUNK_ROWS", 2)
+    monkeypatch.setattr("stt.chunked.CHUNK_ROWS", 2)
     model, batch = build(name, torch.float32, share=1.0)
     with Logits() as own:
         model(**batch).loss.backward()
@@ -118,7 +118,7 @@ def test_all_logits_never_exist(name, monkeypatch):
 @pytest.mark.parametrize("rows", [1, 3, 512])
 @pytest.mark.parametrize("name", ["qwen2-tied", "phi", "gemma2", "cohere"])
 def test_chunks_and_items(name, rows, items, monkeypatch):
-    monkeypatch.setattr("stt.loss.CHUNK_ROWS", rows)
+    monkeypatch.setattr("stt.chunked.CHUNK_ROWS", rows)
     model, batch = build(name)
     assert_equals_plain(model, batch, items=None if items is None else 5, num_items_in_batch=items)
     restore_forward(model)
@@ -324,7 +324,7 @@ def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize("name", ["qwen2", "qwen2-tied", "phi", "gemma2", "gpt2"])
 def test_autocast_is_as_near_as_the_plain_loss(name, monkeypatch):
     """The error of bf16 beside float32: no greater than that of the model's own logits under autocast, but for luck."""
-    monkeypatch.setattr("stt.loss.CHUNK_ROWS", 3)
+    monkeypatch.setattr("stt.chunked.CHUNK_ROWS", 3)
     model, batch = build(name, torch.float32)
     exact = measured(model, lambda: plain_loss(model, batch))
     with torch.autocast("cpu", torch.bfloat16):
@@ -383,7 +383,7 @@ def slow_nll(model: nn.Module, batch: dict[str, Tensor]) -> list[float]:
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma2", "gpt2", "falcon", "opt", "cohere"])
 def test_answer_nll(name, monkeypatch):
-    monkeypatch.setattr("stt.loss.CHUNK_ROWS", 2)
+    monkeypatch.setattr("stt.chunked.CHUNK_ROWS", 2)
     model, batch = build(name)
     batch["labels"][batch["attention_mask"] == 0] = -100
     expected = slow_nll(model, batch)

@@ -6,10 +6,13 @@ import tiny
 import torch
 from tiny_text import build_decoder
 
+import stt
 from stt import modes
 from stt.errors import InputError
 from stt.selecting import Budget
+from stt.selection import Selection
 from stt.surgery import head_parameters
+from tests.architectures.build import build
 
 BATCHES = list(torch.randint(3, 60, (3, 2, 9), generator=torch.Generator().manual_seed(1)))
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -125,3 +128,73 @@ def test_partial_models_are_refused_unless_told():
     with pytest.raises(InputError, match="only a part of Toy can be sliced: layers.1.linears.1 .*mixes neurons"):
         modes.check_sites(model, "refuse")
     modes.check_sites(model, "ok")
+
+
+# ---------------------------------------------------------------- attention heads
+
+
+def chosen(name: str, units: str, size: Budget, seed: int = 0) -> Selection:
+    return modes.select_units(modes.find(name), build_decoder(60), BATCHES, None, size, 0.01, seed, units=units)[0]
+
+
+@pytest.mark.parametrize("units", ["heads", "both"])
+@pytest.mark.parametrize("name", ["stt", "stt_lora"])
+def test_what_trains_of_heads(name, units):
+    mode, model = modes.find(name), build_decoder(60)
+    selection = chosen(name, units, Budget(0.3))
+    trained = modes.prepare(mode, model, selection, modes.Lora(r=4, dropout=0.0), "freeze")
+    places = [*ATTENTION, *(("gate_proj", "up_proj", "down_proj") if units == "both" else ())]
+    if name == "stt":
+        assert set(trained) == {n for n, _ in model.named_parameters() if any(f".{place}." in n for place in places)}
+    else:
+        assert len(trained) == 2 * 2 * len(places)  # layers x (A, B) x projections
+        assert all("lora_" in n for n in trained)
+        assert all(any(f".{place}." in n for n in trained) for place in places)
+    assert model.model.layers[0].self_attn.k_proj.weight.shape == (8, 32)  # one of two heads of 8 channels
+
+
+def test_heads_that_are_all_kept_train_too():
+    model = build_decoder(60)
+    selection = chosen("stt", "heads", Budget(heads_keep=1.0))
+    trained = modes.prepare(modes.find("stt"), model, selection, modes.Lora(), "freeze")
+    assert set(trained) == {n for n, _ in model.named_parameters() if any(f".{place}." in n for place in ATTENTION)}
+    assert torch.equal(model(BATCHES[0]).logits, build_decoder(60)(BATCHES[0]).logits)
+
+
+@pytest.mark.parametrize("units", ["heads", "both"])
+def test_every_mode_keeps_as_many_heads_and_neurons(units):
+    kept = {name: chosen(name, units, Budget(0.3, heads_keep=0.5))
+            for name, mode in modes.MODES.items() if mode.score}
+    sizes = {name: {site: len(ids) for site, ids in selection.items()} for name, selection in kept.items()}
+    assert all(size == sizes["stt"] for size in sizes.values())
+    assert {sizes["stt"][site] for site in kept["stt"].heads} == {1}
+    assert {name: selection.meta["head_score"] for name, selection in kept.items()} == {
+        "stt": "activation_norm", "stt_lora": "activation_norm", "magnitude_pruning": "magnitude",
+        "wanda_adapt": "wanda", "random": "random"}
+    assert {len({site in selection.heads for site in selection}) for selection in kept.values()} == {
+        2 if units == "both" else 1}
+
+
+def test_merged_equals_unmerged_with_heads():
+    model, selection = build_decoder(60), chosen("stt_lora", "both", Budget(0.3))
+    trained = modes.prepare(modes.find("stt_lora"), model, selection, modes.Lora(r=4, dropout=0.0), "freeze")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in trained:
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) / 4)
+    model = model.double().eval()
+    unmerged = model(BATCHES[0]).logits
+    assert modes.merge_adapters(model) == 14  # 4 + 3 projections of 2 layers
+    torch.testing.assert_close(model(BATCHES[0]).logits, unmerged, rtol=0, atol=1e-12)
+    sliced = stt.apply(build_decoder(60).double(), selection)
+    assert (unmerged - sliced(BATCHES[0]).logits).abs().max() > 1e-2  # the adapters did something
+
+
+def test_models_whose_attention_is_cut_in_part_are_refused_unless_told():
+    model = build("qwen3_next").model  # linear attention in some layers
+    modes.check_sites(model, "refuse")
+    with pytest.raises(InputError, match="only a part of Qwen3Next.*a convolution stands between.*--partial ok"):
+        modes.check_sites(model, "refuse", "both")
+    modes.check_sites(model, "ok", "both")
+    with pytest.raises(InputError, match="no attention site in Deepseek"):
+        modes.check_sites(build("deepseek_v3").model, "ok", "heads")

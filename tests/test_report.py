@@ -109,7 +109,7 @@ def test_summary_with_restored_neurons_and_numbers_that_are_missing():
     results["perplexity"]["sliced"] = None  # was infinite
     del results["throughput"]
     text = "\n".join(summary_lines(results))
-    assert "61.0 % with the removed neurons put back" in text
+    assert "61.0 % with the removed units put back" in text
     assert "12 dense → – sliced → 13.2 trained" in text
 
 

@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import pickle
 import random
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import tiny
@@ -17,8 +19,10 @@ from torch.nn import functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM, WhisperConfig, WhisperForConditionalGeneration
 
 import stt
+from stt import verbs
 from stt.errors import InputError
-from stt.sites import Site, find_sites
+from stt.sites import Site, describe, find_sites
+from tests.architectures.build import build
 
 GLU = {name: "gate_proj" for name in (
     "llama", "llama-bias", "llama-relu", "qwen2", "qwen2-tied", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text",
@@ -204,3 +208,44 @@ def test_fingerprint_tells_models_apart() -> None:
     assert find_sites(model).fingerprint == prints["qwen2"]  # another vocabulary, the same layers
     narrower, _ = tiny._text("Qwen2ForCausalLM", **tiny.GQA | {"intermediate_size": NEURONS - 1})
     assert find_sites(narrower).fingerprint != prints["qwen2"]
+
+
+# ---------------------------------------------------------------- stt sites
+
+
+def test_site_table() -> None:
+    block = {"form": "linear", "kind": "glu", "width": 8, "members": ["gate", "down"], "group": "0", "units": "neurons"}
+    stack = {"form": "experts", "kind": "glu_fused", "width": 4, "members": ["gate_up", "down"], "group": "e",
+             "units": "neurons"}
+    heads = {"form": "attention", "kind": "attention", "width": 2, "members": ["q", "o"], "group": "a",
+             "units": "heads", "heads": 7}
+    found = {"sites": [{"name": "layers.0.mlp", **block}, *({"name": f"e.{i}", **stack} for i in range(9)),
+                       {"name": "layers.0.attention", **heads}],
+             "left_out": [{"name": "layers.1", "reason": "mixes neurons", "is_loss": True, "units": "neurons"},
+                          {"name": "attention", "reason": "a latent", "is_loss": False, "units": "heads"}]}
+    assert [" ".join(line.split()) for line in verbs._site_table(found).splitlines()] == [
+        "site form kind width members", "layers.0.mlp linear glu 8 gate, down",
+        "e.0 ... 8 experts glu_fused 4 gate_up, down", "layers.0.attention attention attention 2 x 7 q, o",
+        "neurons lost layers.1: mixes neurons", "heads left out attention: a latent"]
+
+
+def test_the_command_lists_neurons_and_heads(capsys: pytest.CaptureFixture) -> None:
+    """Of the shipped model: 384 neurons and 2 key/value heads with 2 query heads each, in 5 layers."""
+    model = str(Path(__file__).parents[1] / "models" / "stt-tiny")
+    assert verbs.main(["sites", model, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(site["name"], site["units"], site["form"], site["width"], site["heads"]) for site in found["sites"]] == [
+        *((f"model.layers.{layer}.mlp", "neurons", "linear", 384, 0) for layer in range(5)),
+        *((f"model.layers.{layer}.self_attn", "heads", "attention", 2, 2) for layer in range(5))]
+    assert found["left_out"] == []
+    assert verbs.main(["sites", model]) == 0
+    assert "model.layers.4.self_attn attention attention 2 x 2 q_proj, k_proj, v_proj, o_proj" in " ".join(
+        capsys.readouterr().out.split())
+
+
+def test_attention_that_cannot_be_cut_is_named_with_the_reason() -> None:
+    found = describe(build("deepseek_v3").model)
+    assert {site["units"] for site in found["sites"]} == {"neurons"}
+    said = [entry["reason"] for entry in found["left_out"] if entry["units"] == "heads"]
+    assert said
+    assert all("a latent" in reason for reason in said)

@@ -38,6 +38,14 @@ BAD = {
     "width without a selection": (["--width", "uniform", "--mode", "baseline"], "keeps all"),
     "no width": (["--width", "buckets:0"], "width must be free, uniform or buckets:N"),
     "no multiple": (["--multiple_of", "0"], "multiple_of must be 1 or more"),
+    "unknown units": (["--units", "head"], "Did you mean 'heads'"),
+    "heads 0": (["--units", "both", "--heads_ratio", "0"], "heads_ratio must be in (0, 1], got 0"),
+    "a share of no heads": (["--heads_ratio", "0.5"], "only neurons are chosen; give --units heads or both"),
+    "heads of the dense model": (["--units", "heads", "--mode", "lora"], "mode 'lora' keeps everything"),
+    "compensated heads": (["--units", "heads", "--compensate", "mean"], "only heads are chosen"),
+    "heads by a preset": (["--units", "heads", "--preset", "best"], "only heads are chosen"),
+    "heads of a width": (["--units", "heads", "--width", "uniform"], "only heads are chosen"),
+    "attention twice": (["--units", "both", "--tune_attn"], "trains what it keeps of it anyway"),
     "too short": (["--max_length", "3"], "max_length"),
 }
 

@@ -98,15 +98,16 @@ def test_resume_drops_the_rows_of_later_steps(tmp_path):
     run = RunFolder(tmp_path / "run").start(ARGUMENTS)
     for step in (1, 2, 3, 4):
         run.log(step=step, loss=1.0 / step)
-    run.log(step=2, validation_accuracy=0.5)
+        run.log(step=step, validation_accuracy=0.25)
+    assert len(read_rows(run.path)) == 8
     (run.path / "checkpoint-2").mkdir()
     with open(run.path / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')  # killed in the middle of a line
     resumed = RunFolder(run.path, resume=True).start(ARGUMENTS, resume_step=2)
     assert contents(run.path) == {"args.json", "checkpoint-2", "metrics.jsonl"}
     resumed.log(step=3, loss=0.25)
-    assert read_rows(run.path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5},
-                                   {"step": 2, "validation_accuracy": 0.5}, {"step": 3, "loss": 0.25}]
+    assert read_rows(run.path) == [{"step": 1, "loss": 1.0}, {"step": 1, "validation_accuracy": 0.25},
+                                   {"step": 2, "loss": 0.5}, {"step": 3, "loss": 0.25}]  # step 2 is validated again
 
 
 def test_resume_without_an_earlier_run_starts_one(tmp_path):
@@ -131,8 +132,11 @@ def test_foreign_folders_and_files_are_left_alone(tmp_path, overwrite):
 
 
 def test_impossible_folder_names(tmp_path):
+    for folder in (tmp_path / ("x" * 300), tmp_path / ("x" * 300) / "run"):
+        with pytest.raises(InputError, match="its name is longer than 255 bytes; choose a shorter one"):
+            RunFolder(folder)
     with pytest.raises(InputError, match="as a run folder: File name too long"):
-        RunFolder(tmp_path / ("x" * 300))
+        RunFolder(Path(*["x" * 200] * 30))
 
 
 def test_a_folder_that_cannot_be_made(tmp_path, monkeypatch):

@@ -2,8 +2,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
+
+Value = TypeVar("Value")
 
 
 class Clock:
@@ -23,6 +26,13 @@ class Clock:
         started = time.perf_counter()
         yield
         self._laps[name] = self._laps.get(name, 0.0) + time.perf_counter() - started
+
+    def timed(self, name: str, work: Callable[[], Value]) -> Callable[[], Value]:
+        """`work`, every call of which is a lap."""
+        def lap() -> Value:
+            with self.lap(name):
+                return work()
+        return lap
 
     def seconds(self) -> dict[str, float]:
         """Each lap, and "total" up to now."""

@@ -11,13 +11,14 @@ import resource
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stt import stopping
 from stt.errors import InputError
+from util.files import write_text_atomic, writing
 from util.sinks import NoSink, Sink
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+NAME_BYTES = 255  # of a file's name, at most, on every usual file system
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "safetensors", "tokenizers", "numpy")
 
 
@@ -82,13 +84,7 @@ def git_commit() -> str | None:
 def write_json_atomic(path: str | Path, value: object) -> None:
     """Writes `value` so that a reader sees the old file or the whole new one, also after a crash."""
     path = Path(path)
-    text = json.dumps(finite(value, path.name), indent=2, allow_nan=False) + "\n"
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    write_text_atomic(path, json.dumps(finite(value, path.name), indent=2, allow_nan=False) + "\n")
 
 
 def finite(value: object, where: str = "value") -> object:
@@ -121,15 +117,16 @@ class RunFolder:
     def start(self, arguments: Mapping[str, object], sink: Sink | None = None, resume_step: int = 0) -> RunFolder:
         """Makes the folder, or empties it, and writes args.json. A resumed run keeps its files and those rows of
         metrics.jsonl that belong to the steps up to `resume_step`."""
+        record = {"format_version": FORMAT_VERSION, "arguments": dict(arguments), "command": sys.argv,
+                  "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "versions": versions(), "git_commit": git_commit()}
         try:
             if self.path.is_dir() and not self._resume:
                 shutil.rmtree(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
+            write_json_atomic(self.path / "args.json", record)
+            stopping.resumable_in(self.path)
         except OSError as error:
             raise InputError(f"cannot write {self.path}: {error.strerror}; choose another folder.") from None
-        write_json_atomic(self.path / "args.json", {
-            "format_version": FORMAT_VERSION, "arguments": dict(arguments), "command": sys.argv,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "versions": versions(), "git_commit": git_commit()})
         if self._resume:
             self._drop_rows_after(resume_step)
         self._sink = sink or NoSink()
@@ -137,31 +134,39 @@ class RunFolder:
 
     def log(self, **numbers: float) -> None:
         """One row of metrics.jsonl, one readable line, one point in W&B if asked for."""
-        row = finite(numbers, "metrics")
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+        row, path = finite(numbers, "metrics"), self.path / "metrics.jsonl"
+        with writing(path, "the last checkpoint is kept"), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         logger.info("  ".join(f"{name} {_short(value)}" for name, value in numbers.items()))
         self._sink.log(row)
 
     def finish(self, results: Mapping[str, object]) -> None:
-        """Writes results.json: from now on the run is complete."""
-        write_json_atomic(self.path / "results.json", {"format_version": FORMAT_VERSION, **results})
+        """Writes results.json: from now on the run is complete, and no signal makes a failure of it."""
+        stopping.ignore()
+        path = self.path / "results.json"
+        with writing(path, "the last checkpoint is kept"):
+            write_json_atomic(path, {"format_version": FORMAT_VERSION, **results})
         self._sink.finish()
 
     def _drop_rows_after(self, step: int) -> None:
+        """The validation of that step is repeated, so its row goes, too."""
         path = self.path / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        rows = [row for row in map(_row, lines) if row is not None and row.get("step", 0) <= step]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        rows = [row for row in map(_row, lines) if row is not None and row.get("step", 0) < step + ("loss" in row)]
+        with writing(path, "the last checkpoint is kept"):
+            write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
         self.seconds = max((row.get("seconds", 0.0) for row in rows), default=0.0)
 
 
 def _refusal(path: Path, overwrite: bool, resume: bool) -> str | None:
     """Why a run must not be written to `path`; None = it may."""
+    for part in path.parts:
+        if len(os.fsencode(part)) > NAME_BYTES:
+            return f"{part} cannot be a folder: its name is longer than {NAME_BYTES} bytes; choose a shorter one."
     for place in (path, *path.parents):
         if place.exists() and not place.is_dir():
             return f"{place} is a file, so {path} cannot be a run folder; choose another folder."
-    if not path.is_dir() or not any(path.iterdir()):
+    if not path.is_dir() or all(inside.name.endswith(".part") for inside in path.iterdir()):  # killed while starting
         return None
     if not (path / "args.json").is_file():
         return f"{path} holds files that no run of ours wrote; choose another folder."

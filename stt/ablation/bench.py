@@ -1,7 +1,6 @@
 """One cell from the dense model to its row, and the selections an ablation compares; the same for every recipe."""
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -54,16 +53,16 @@ class Bench(Protocol):
         """Further numbers of a trained model."""
 
 
-def run(bench: Bench, cell: Cell, log: Log) -> Row:
-    """The row of a cell: trained, and measured on the validation data if it is a trial, else on the test data. Steps
-    of the training go to `log`."""
+def run(bench: Bench, cell: Cell, folder: Path, log: Log) -> Row:
+    """The row of a cell: trained, and measured on the validation data if it is a trial, else on the test data. Trainer
+    works in `folder`, steps of the training go to `log`."""
     args, arm, started = replace(bench.args, lr=cell.lr, seed=cell.seed), cell.arm, time.perf_counter()
     set_seed(args.seed)
     model, selection, counts, row = bench.load(args.seed), None, {}, {}
     if arm.is_cut_after:
         _prepare(args, modes.MODES["baseline"], model, None)
         counts = count_parameters(model)  # the most that is trained
-        _train(bench, args, model, log)
+        _train(bench, args, model, folder, log)
         args = replace(args, lr=args.recovery_lr, num_epoch=1, train_batch=max(1, args.train_batch // 2),
                        gradient_accumulation_steps=2 * args.gradient_accumulation_steps)
     if arm.cuts:
@@ -72,12 +71,12 @@ def run(bench: Bench, cell: Cell, log: Log) -> Row:
     if arm.is_cut_after and not cell.is_trial:
         row["accuracy_cut"] = _share(bench.correct(model, "test"))
     counts = counts or count_parameters(model)
-    _train(bench, args, model, log)
+    _train(bench, args, model, folder, log)
     modes.merge_adapters(model)
     correct = bench.correct(model, "validation" if cell.is_trial else "test")
     row |= {"accuracy": _share(correct), "n": len(correct)}
     if not cell.is_trial:
-        row |= {"correct": packed(correct), "kept": kept_fraction(selection), "trained": counts["trained"],
+        row |= {"correct": packed(correct), **_kept(selection), "trained": counts["trained"],
                 "trained_without_head": counts["trained_without_head"], **bench.more(model)}
     return row | {"seconds": round(time.perf_counter() - started, 1)}
 
@@ -87,7 +86,7 @@ def select(bench: Bench, arm: Arm, model: PreTrainedModel, seed: int) -> tuple[S
     them, where that is STT itself."""
     args = bench.args
     size = Budget(args.topk_ratio, args.keep_ratio if arm.keep_ratio is None else arm.keep_ratio, width=args.width,
-                  multiple_of=args.multiple_of)
+                  multiple_of=args.multiple_of, heads_keep=args.heads_ratio)
     compensate = args.compensate or "none"
     if not arm.own_data:
         return _units(bench, arm.mode, model, size, bench.batches(None, seed, False), args.active_threshold, seed,
@@ -103,7 +102,7 @@ def select(bench: Bench, arm: Arm, model: PreTrainedModel, seed: int) -> tuple[S
 def _units(bench: Bench, mode: modes.Mode, model: PreTrainedModel, size: Budget, batches: Sequence[Batch],
            threshold: float, seed: int, compensate: str) -> tuple[Selection, dict[str, dict[str, int]]]:
     return modes.select_units(mode, model, batches, bench.tokenizer, size, threshold, seed, bench.args.count_padding,
-                              bench.select_on, compensate, bench.args.min_tokens)
+                              bench.select_on, compensate, bench.args.min_tokens, bench.args.units)
 
 
 def selections(bench: Bench, arms: Sequence[Arm], seed: int) -> tuple[dict[str, Selection], list[dict[str, object]]]:
@@ -116,7 +115,7 @@ def selections(bench: Bench, arms: Sequence[Arm], seed: int) -> tuple[dict[str, 
         found[arm.label], composition = select(bench, arm, model, seed)
         if composition and not sites:
             sites = [{"name": name, "width": found[arm.label].widths[name], "kept": len(ids), **composition[name]}
-                     for name, ids in found[arm.label].items()]
+                     for name, ids in found[arm.label].items() if name in composition]
     return found, sites
 
 
@@ -131,10 +130,15 @@ def _prepare(args: RunArgs, mode: modes.Mode, model: PreTrainedModel, selection:
     modes.prepare(mode, model, selection, lora, args.head, tune_attn)
 
 
-def _train(bench: Bench, args: RunArgs, model: PreTrainedModel, log: Log) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = bench.arguments(args, Path(folder))
-        bench.train(model, replace(arguments, save_strategy="no", eval_strategy="no"), log)
+def _train(bench: Bench, args: RunArgs, model: PreTrainedModel, folder: Path, log: Log) -> None:
+    arguments = bench.arguments(args, folder)
+    bench.train(model, replace(arguments, save_strategy="no", eval_strategy="no"), log)
+
+
+def _kept(selection: Selection | None) -> dict[str, float]:
+    """The share of neurons that are kept, and of heads where they were chosen from."""
+    return {"kept": kept_fraction(selection)} | ({"kept_heads": kept_fraction(selection, "heads")} if
+                                                 selection is not None and selection.heads else {})
 
 
 def _share(correct: Sequence[bool]) -> float:

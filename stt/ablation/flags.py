@@ -18,7 +18,6 @@ ALONE = ("calibration",)  # trains nothing
 
 # inherited flags that mean nothing here: their default, and why
 REFUSED: dict[str, tuple[object, str]] = {
-    "resume": (False, "an ablation goes on where it stopped by itself"),
     "score": (None, "--mode names the scores to compare"),
     "preset": ("published", "--mode names the scores to compare, and --compensate what is made up for"),
     "eval_epochs": (True, "a trial is validated once, after its training"),

@@ -6,7 +6,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from util.utils import FORMAT_VERSION, finite, git_commit, versions, write_json_
 
 logger = logging.getLogger(__name__)
 
+WORK = "work"  # Trainer's folder of the cell that runs, in the ablation's
 # between an ablation and its continuation
 MAY_CHANGE = (*recipe.MAY_CHANGE, "seeds", "mode", "reference", "run_name", "active_thresholds", "active_sample_ratios",
               "keep_ratios", "eval_batch")
@@ -60,13 +61,15 @@ def open_folder(args: flags.AblationFlags) -> Path:
     """The folder of the ablation, new, emptied or gone on with. Raises InputError if it must not be written to."""
     folder = Path(args.output_dir) / args.run_name
     given = _portable(args)
+    if args.resume and not (folder / "args.json").is_file():
+        raise InputError(f"nothing to resume: {folder} holds no ablation; start without --resume.")
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / "args.json").is_file():
             raise InputError(f"{folder} holds files that no run of ours wrote; choose another folder.")
         if args.overwrite:
             shutil.rmtree(folder)
         else:
-            _check_same(folder, given)
+            _check_same(folder, given, {field.name: field.default for field in fields(args)})
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json_atomic(folder / "args.json", {"format_version": FORMAT_VERSION, "arguments": given,
@@ -84,11 +87,12 @@ def _portable(args: flags.AblationFlags) -> dict[str, object]:
     return {name: value.removeprefix(root) if isinstance(value, str) else value for name, value in asdict(args).items()}
 
 
-def _check_same(folder: Path, given: Mapping[str, object]) -> None:
-    before = read_json(folder / "args.json").get("arguments", {})
+def _check_same(folder: Path, given: Mapping[str, object], defaults: Mapping[str, object]) -> None:
+    """Flags that an older release did not have count as their defaults."""
+    before = defaults | read_json(folder / "args.json").get("arguments", {})
     for name, value in given.items():
-        if name not in MAY_CHANGE and before.get(name) != value:
-            raise InputError(f"the ablation in {folder} was started with {name} {before.get(name)!r}, now it is "
+        if name not in MAY_CHANGE and before[name] != value:
+            raise InputError(f"the ablation in {folder} was started with {name} {before[name]!r}, now it is "
                              f"{value!r}: go on with the same flags, --overwrite it, or give another --run_name.")
 
 
@@ -100,8 +104,9 @@ def conduct(args: flags.AblationFlags, plan: Plan, bench: Bench, folder: Path, t
     logging.getLogger("stt.surgery").setLevel(logging.WARNING)  # what trains is said once, in the report
     sink, cells = recipe.wandb(args), Cells(folder / "cells.jsonl")
     fill(cells, plan.arms, plan.lrs, plan.seeds,
-         lambda cell: benches.run(bench, cell, partial(_log, folder / "metrics.jsonl", cell, sink.log)))
+         lambda cell: benches.run(bench, cell, folder / WORK, partial(_log, folder / "metrics.jsonl", cell, sink.log)))
     sink.finish()
+    shutil.rmtree(folder / WORK, ignore_errors=True)
     lines = tables.lines_of(cells, plan.arms, plan.references)
     found, sites = benches.selections(bench, plan.arms, args.seed)
     words = [*words, *_protocol(args, plan, bench), report.head_words(args.head, bench.is_tied, lines[0]),

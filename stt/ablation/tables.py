@@ -41,7 +41,7 @@ def _line(cells: Cells, arm: Arm, reference: Arm) -> Line:
     if arm.label != reference.label and common:
         ours, others = zip(*common, strict=True)
         difference = paired_difference(cells.correct(arm)[list(ours)], cells.correct(reference)[list(others)])
-    names = ("kept", "trained", "trained_without_head", "perplexity", "accuracy_cut", "seconds")
+    names = ("kept", "kept_heads", "trained", "trained_without_head", "perplexity", "accuracy_cut", "seconds")
     numbers = {name: tuple(row[name] for row in rows if name in row) for name in names}
     accuracy = tuple(row["accuracy"] for row in rows)
     return Line(arm.label, arm.name, rows[0]["lr"], accuracy, numbers, difference and reference.label, difference)
@@ -60,6 +60,7 @@ def table(lines: Sequence[Line]) -> list[list[str]]:
         "against": [line.against or "–" for line in lines],
         "just cut": [spread(line.numbers["accuracy_cut"], 100, " %") for line in lines],
         "kept": [mean_of(line.numbers["kept"], percent) for line in lines],
+        "heads kept": [mean_of(line.numbers["kept_heads"], percent) for line in lines],
         "trained": [mean_of(line.numbers["trained"], amount) for line in lines],
         "without head": [mean_of(line.numbers["trained_without_head"], amount) for line in lines],
         "general perplexity": [spread(line.numbers["perplexity"]) for line in lines],

@@ -23,12 +23,14 @@ from stt.dataset.base import (
     read_folder,
     read_hub,
     selection_subset,
+    truncation,
 )
 from stt.dataset.own import read_own, tokenised
 from stt.errors import InputError, unknown_name
 
 __all__ = ["Encoded", "Example", "Task", "dev_split", "encode", "encode_all", "limit", "load_task", "prompt_ids",
-           "read_own", "selection_subset", "task_names", "tokenised"]
+           "read_own", "selection_subset", "task_names", "tokenised",
+           "truncation"]
 
 # files of this folder that are no task: their names start so
 SHARED = ("base", "chat", "classification", "kinship", "multiple_choice", "own")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from stt.dataset.chat import cut_left, end_id, render
 from stt.errors import InputError
+from stt.words import lost
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,11 +31,12 @@ Splits = dict[str, list[tuple[str, Row]]]  # split -> (where the row stands, the
 
 class Tokens(NamedTuple):
     """An example as token ids: what is trained on (a conversation may take several rows), what an answer is generated
-    from, and whether one of the rows lost the beginning of its prompt."""
+    from, whether a prompt lost its beginning, and how many answers are left out because they do not fit."""
 
     rows: list[Encoded]
     prompt: list[int]
     was_cut: bool
+    n_lost: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Task(Data[Item]):
     extract: Callable[[str, Example], str | None]
     max_new_tokens: int
     stop_ids: tuple[int, ...] = ()  # tokens that end an answer, besides the tokenizer's end token
+    left_out: Mapping[str, int] = field(default_factory=dict)  # split -> examples of which no answer fits max_length
 
 
 def make_example(prompt: str, label: str, choices: Sequence[str], where: str) -> Example:
@@ -106,6 +109,21 @@ def encode_all(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, 
     if n_truncated:
         logger.warning("%d of %d prompts are cut on the left to fit %d tokens", n_truncated, len(encoded), max_length)
     return [row for tokens in encoded for row in tokens.rows], n_truncated
+
+
+def truncation(task: Task[Example], tokenizer: PreTrainedTokenizerBase, max_length: int,
+               chat: bool = False) -> dict[str, dict[str, int]]:
+    """What `max_length` takes away, by split: `examples` that stay, how many of them lost the beginning of a prompt
+    (`prompts_cut`), `answers_left_out` of them, and `examples_left_out` because none of their answers fits. No answer
+    is ever cut. Says in the log what is lost."""
+    found = {}
+    for split in SPLIT_FILES:
+        encoded = [_tokens(example, tokenizer, max_length, chat) for example in getattr(task, split)]
+        found[split] = {"examples": len(encoded), "prompts_cut": sum(tokens.was_cut for tokens in encoded),
+                        "answers_left_out": sum(tokens.n_lost for tokens in encoded),
+                        "examples_left_out": task.left_out.get(split, 0)}
+    logger.info("to fit max_length %d: %s", max_length, lost(found))
+    return found
 
 
 def labelled(prompt: list[int], answer: list[int]) -> Encoded:

@@ -231,15 +231,16 @@ def tokenised(task: Task[Item], tokenizer: PreTrainedTokenizerBase, max_length: 
     splits = {split: [item.as_conversation() if chat and isinstance(item, Text) else item
                       for item in getattr(task, split)] for split in ("train", "validation", "test")}
     readers = _readers([item for items in splits.values() for item in items], tokenizer)
-    train, validation, test = (_read_all(items, readers, max_length, split) for split, items in splits.items())
+    reads = {split: _read_all(items, readers, max_length, split) for split, items in splits.items()}
+    train, validation, test = (kept for kept, _ in reads.values())
     longest = max(len(read.turns[-1].answer) for read in validation + test)
     new = min(task.max_new_tokens, longest)
     stops = {turn.answer[-1] for read in train + validation + test for turn in read.turns} - {tokenizer.eos_token_id}
-    return replace(
-        task, max_new_tokens=new, stop_ids=tuple(sorted(stops)),
-        train=[_example(read, read.turns[-1].prompt, tokenizer) for read in train],
-        validation=_to_answer(validation, readers, tokenizer, max_length - new, new, "validation"),
-        test=_to_answer(test, readers, tokenizer, max_length - new, new, "test"))
+    examples = {"train": [_example(read, read.turns[-1].prompt, tokenizer) for read in train],
+                "validation": _to_answer(validation, readers, tokenizer, max_length - new, new, "validation"),
+                "test": _to_answer(test, readers, tokenizer, max_length - new, new, "test")}
+    left_out = {split: n_unfit + len(kept) - len(examples[split]) for split, (kept, n_unfit) in reads.items()}
+    return replace(task, max_new_tokens=new, stop_ids=tuple(sorted(stops)), left_out=left_out, **examples)
 
 
 def _readers(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase) -> Readers:
@@ -251,12 +252,13 @@ def _readers(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase) -> Reade
     return {Text: Plain(tokenizer), **({Conversation: Template(tokenizer)} if talks else {})}
 
 
-def _read_all(items: Sequence[Item], readers: Readers, max_length: int, split: str) -> list[Read]:
-    """The items that have a label to learn."""
+def _read_all(items: Sequence[Item], readers: Readers, max_length: int, split: str) -> tuple[list[Read], int]:
+    """The items that have a label to learn, and how many have answers of which none fits."""
     found = [_read(item, readers[type(item)], max_length) for item in items]
     kept = [read for read in found if read.rows]
     silent = sum(not read.turns for read in found)
-    reason = f"no answer: {silent}; none that fits max_length {max_length}: {len(found) - len(kept) - silent}"
+    n_unfit = len(found) - len(kept) - silent
+    reason = f"no answer: {silent}; none that fits max_length {max_length}: {n_unfit}"
     if not kept:
         raise InputError(f"of the {len(found)} {split} rows none has an answer that can be learned ({reason}): give"
                          " answers, or raise --max_length.")
@@ -266,7 +268,7 @@ def _read_all(items: Sequence[Item], readers: Readers, max_length: int, split: s
     if n_lost:
         logger.warning("in the other %s rows, %d answers do not fit max_length %d and are left out", split, n_lost,
                        max_length)
-    return kept
+    return kept, n_unfit
 
 
 def _read(item: Item, reader: Plain | Template, max_length: int) -> Read:
@@ -308,4 +310,5 @@ def _to_answer(reads: Sequence[Read], readers: Readers, tokenizer: PreTrainedTok
 
 def _example(read: Read, prompt: list[int], tokenizer: PreTrainedTokenizerBase) -> Example:
     answer = tokenizer.decode(read.turns[-1].answer[:-1], skip_special_tokens=True).strip()  # as a response is read
-    return Example(tokenizer.decode(prompt), answer, answer, (), Tokens(read.rows, prompt, read.was_cut))
+    was_cut = read.was_cut or prompt != read.turns[-1].prompt
+    return Example(tokenizer.decode(prompt), answer, answer, (), Tokens(read.rows, prompt, was_cut, read.n_lost))

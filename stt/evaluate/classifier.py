@@ -124,10 +124,12 @@ class ClassifierJudge:
             return compare_latency(deployed, None, batch)
         return compare_latency(self.load(self.autocast_dtype).to(deployed.dtype), deployed, batch)
 
-    def selection_flops(self, model: PreTrainedModel, rows: Rows, methods: list[str], compensate: str) -> int:
-        """FLOPs of measuring what `methods` and `compensate` need on `rows`, every example at its own length."""
+    def selection_flops(self, model: PreTrainedModel, rows: Rows, methods: list[str], compensate: str,
+                        head_score: str | None = None) -> int:
+        """FLOPs of measuring what `methods`, `compensate` and a score of heads need on `rows`, every example at its own
+        length."""
         return self._total(rows, lambda batch: flops_of(lambda: measure(
-            model, [batch], None, methods, progress=False, compensate=compensate)), model)
+            model, [batch], None, methods, progress=False, compensate=compensate, head_score=head_score)), model)
 
     def training_flops(self, model: PreTrainedModel, rows: Rows, epochs: int) -> int:
         """FLOPs of `epochs` forward and backward passes over `rows`, every example at its own length."""

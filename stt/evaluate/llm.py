@@ -90,19 +90,20 @@ class Judge:
         return compare_throughput(dense, deployed, batch, NEW_TOKENS)
 
     def restored(self, model: PreTrainedModel) -> float:
-        """Test accuracy with the removed neurons put back: the trained units in the dense model they came from, all in
+        """Test accuracy with the removed units put back: the trained units in the dense model they came from, all in
         float32, so that no trained value is rounded."""
         dense = load_model(self.model_name, None, model.device)
         restore(model, dense)
         return self.accuracy(dense, self.task.test)
 
     def selection_flops(self, model: PreTrainedModel, encoded: Sequence[Encoded], methods: list[str],
-                        compensate: str) -> int:
-        """FLOPs of measuring what `methods` and `compensate` need on `encoded`, every example at its own length."""
+                        compensate: str, head_score: str | None = None) -> int:
+        """FLOPs of measuring what `methods`, `compensate` and a score of heads need on `encoded`, every example at its
+        own length."""
         def one(length: int) -> int:
             ids = self._ids(model, length)
             return flops_of(lambda: measure(model, [{"input_ids": ids, "labels": ids}], None, methods, progress=False,
-                                            compensate=compensate))
+                                            compensate=compensate, head_score=head_score))
         count = by_length(one)
         return sum(count(len(row["input_ids"])) for row in encoded)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -44,10 +45,13 @@ class Weights:
 class Statistic:
     """Base of all that is measured. `needs` names fields of Seen ("weights" if it needs no data at all).
 
+    `units` says of which sites: those of "neurons" or those of attention "heads".
+
     Everything a statistic remembers is a sum in `sums`, float64 and on the model's device, so that it adds up over
     batches, halves of the data and ranks, and does not depend on how the data is split.
     """
 
+    units: ClassVar[str] = "neurons"
     needs: tuple[str, ...] = ()
     sums: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 

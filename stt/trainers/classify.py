@@ -1,9 +1,7 @@
 """Training a classifier: the loop of every recipe with a loss over the examples of the whole accumulated batch."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -45,21 +43,6 @@ def train(model: nn.Module, encoder: Encoder, rows: Sequence[object], arguments:
     """`loop.train` with `classification_loss`; afterwards the model's forward is its own again."""
     with_loss(model)
     try:
-        with _own_names(model):
-            return loop.train(model, rows, encoder.batch, arguments, log, validate, resume, seconds_before)
+        return loop.train(model, rows, encoder.batch, arguments, log, validate, resume, seconds_before)
     finally:
         restore_forward(model)
-
-
-@contextmanager
-def _own_names(model: nn.Module) -> Iterator[None]:
-    """Checkpoints hold the parameters by the names the model has: save_pretrained gives some (ViT's) the names of older
-    releases, and Trainer, which loads without from_pretrained, would know none of them."""
-    before = model.__dict__.get("save_pretrained")  # a sliced model has its own
-    model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
-    try:
-        yield
-    finally:
-        del model.save_pretrained
-        if before is not None:
-            model.save_pretrained = before

@@ -1,41 +1,188 @@
-"""The training loop of every recipe: transformers.Trainer with our evaluation and our record."""
+"""The training loop of every recipe: transformers.Trainer with our evaluation, our record and our checkpoints."""
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import pickle
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from accelerate.utils.memory import clear_device_cache
+from torch import Tensor, distributed, nn
+from torch.utils.data import Sampler
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_pt_utils import LengthGroupedSampler, nested_gather
+from transformers.trainer_utils import unwrap_peft_model
 
+from stt import stopping
 from stt.arguments import RunArgs
 from stt.errors import InputError, TrainingFailed
+from stt.trainers import checkpoints, memory
+from stt.trainers.callbacks import Bar, Record, Saving, ends_epoch, failure, last_good
+from util.files import writing
+
+logger = logging.getLogger(__name__)
+
+PROGRESS = "stt_state.json"  # in a checkpoint: what goes on with it besides Trainer's own files
 
 
 class RecordedTrainer(Trainer):
-    """`evaluate` measures what `validate()` returns; a loss that is no number ends the training."""
+    """Trainer with these differences: `evaluate` measures what `validate()` returns; a loss that is no number ends the
+    training; checkpoints are sealed (stt/trainers/checkpoints.py); a batch that does not fit is trained in parts."""
 
     def __init__(self, *args: object, validate: Callable[[], float] | None = None, **kwargs: object):
         super().__init__(*args, **kwargs)
         self.validate = validate
+        if "forward" not in vars(unwrap_peft_model(self.model)):  # else chunked_loss: it divides by the batch's tokens
+            self.model_accepts_loss_kwargs = False  # Trainer would believe that BERT divides by the batch's examples
+        self.folder = Path(self.args.output_dir)
+        self._saves_in: Path | None = None
+        self._parts = 1  # of every micro-batch
+        self._examples = 0  # of the present update
+        self._trained: list[Mapping[str, Tensor]] = []  # micro-batches whose gradients it has
+
+    # ------------------------------------------------------------ steps
+
+    def _run_epoch(self, **kwargs: object) -> None:
+        if self.state.global_step < self.state.max_steps:  # Trainer would take one more step after the last
+            super()._run_epoch(**kwargs)
+
+    def _get_train_sampler(self, train_dataset: Sequence[object] | None = None) -> Sampler | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        examples = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return ByLength(examples, self.train_dataset, self.args.data_seed)
+
+    def get_batch_samples(self, *args: object) -> tuple[list[Mapping[str, Tensor]], Tensor | int | None]:
+        batches, items = super().get_batch_samples(*args)
+        self._examples, self._trained = sum(map(memory.size, batches)), []
+        return batches, items
+
+    def training_step(self, model: nn.Module, inputs: Mapping[str, Tensor],
+                      num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """The loss of a micro-batch, whose gradients are added. Out of memory, the present update begins again with its
+        micro-batches in twice as many parts, and so do all later ones: the same update, unless dropout differs."""
+        batches = [inputs]
+        while True:
+            try:
+                losses = [self._step_in_parts(model, batch, num_items_in_batch) for batch in batches]
+                break
+            except torch.OutOfMemoryError as error:
+                reason = str(error).splitlines()[0]  # the error itself would hold on to the memory
+            self._halve(memory.size(inputs), reason)
+            model.zero_grad()
+            batches = [*self._trained, inputs]
+        self._trained.append(inputs)
+        if not losses[-1].isfinite():
+            raise TrainingFailed(failure("the loss", self.state, self.folder))
+        return losses[-1]
+
+    def _step_in_parts(self, model: nn.Module, inputs: Mapping[str, Tensor], items: Tensor | int | None) -> Tensor:
+        """A loss that is a mean over examples counts as much as they are a share of the update's; Trainer takes every
+        micro-batch for equally large."""
+        losses = []
+        for part in memory.split(inputs, self._parts):
+            self.current_gradient_accumulation_steps = self._examples / memory.size(part)
+            losses.append(super().training_step(model, part, items))
+        return torch.stack(losses).sum()
+
+    def _halve(self, examples: int, reason: str) -> None:
+        if self.args.world_size > 1 or examples <= self._parts:
+            which = "more than one process" if self.args.world_size > 1 else "one example at a time"
+            raise TrainingFailed(f"out of memory at step {self.state.global_step + 1} with {which} ({reason}); "
+                                 f"{last_good(self.folder)}. Lower --train_batch or --max_length, or take a smaller "
+                                 "model")
+        clear_device_cache(garbage_collection=True)
+        self._parts *= 2
+        logger.warning("out of memory at step %d (%s): micro-batches are halved to %d, as many are accumulated as make "
+                       "the same update", self.state.global_step + 1, reason, -(-examples // self._parts))
+
+    # ------------------------------------------------------------ evaluation
 
     def evaluate(self, eval_dataset: object = None, ignore_keys: object = None,
                  metric_key_prefix: str = "eval") -> dict[str, float]:
-        metrics = {f"{metric_key_prefix}_accuracy": self.validate(), "epoch": self.state.epoch}
+        with stopping.at_once():  # the last step is saved
+            metrics = {f"{metric_key_prefix}_accuracy": self.validate(), "epoch": self.state.epoch}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def training_step(self, *args: object, **kwargs: object) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
-        if not loss.isfinite():
-            raise TrainingFailed(failure("the loss", self.state, Path(self.args.output_dir)))
-        return loss
+    def _determine_best_metric(self, metrics: dict[str, float], trial: object) -> bool:
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best:
+            self._point_to_best()
+        return is_best
+
+    def _point_to_best(self) -> None:
+        """Also in a run folder that was moved."""
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(checkpoints.path_of(self.folder, self.state.best_global_step))
+
+    def _load_best_model(self) -> None:
+        best = Path(self.state.best_model_checkpoint)
+        wrong = checkpoints.fault(best)
+        if wrong:
+            raise TrainingFailed(f"the best epoch's {best} is damaged ({wrong}); start again with --overwrite")
+        super()._load_best_model()
+
+    # ------------------------------------------------------------ checkpoints
+
+    def _get_output_dir(self, trial: object) -> str:
+        return str(self._saves_in or self.folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        """As Trainer does, into a folder beside; sealed, it takes its place. Raises TrainingFailed if it cannot."""
+        target = checkpoints.path_of(self.folder, self.state.global_step)
+        staging = self.folder / checkpoints.STAGING
+        try:
+            with writing(target, last_good(self.folder)):
+                with self._saving_in(staging):
+                    super()._save_checkpoint(model, trial)
+                progress = self._progress()
+                wait_for_all()
+                if self.args.should_save:
+                    self._seal(staging / target.name, target, progress)
+            wait_for_all()
+        finally:
+            if self.args.should_save:
+                checkpoints.clear(self.folder)
+
+    def _seal(self, staged: Path, target: Path, progress: Mapping[str, object]) -> None:
+        (staged / "training_args.bin").unlink()  # a pickle, which nobody reads
+        (staged / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
+        checkpoints.seal(staged, target)
+        best = self.state.best_model_checkpoint
+        checkpoints.retire(target, self.args.save_total_limit, Path(best) if best else None)
+
+    @contextlib.contextmanager
+    def _saving_in(self, staging: Path) -> Iterator[None]:
+        self._saves_in = staging
+        try:
+            yield
+        finally:
+            self._saves_in = None
+
+    def _progress(self) -> dict[str, object]:
+        loss = nested_gather(self._tr_loss, self.args.parallel_mode).mean().item()
+        return {"loss_since_logged": loss, "step_last_logged": self._globalstep_last_logged, "parts": self._parts,
+                "selection": digest_of_selection(self.model)}
+
+    def take_up(self, checkpoint: Path) -> None:
+        """Go on exactly as the training that wrote the checkpoint would have: with the loss since the last row of the
+        record, and with the evaluation of the epoch that it ends."""
+        progress = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+        self._tr_loss += progress["loss_since_logged"]
+        self._globalstep_last_logged, self._parts = progress["step_last_logged"], progress["parts"]
+        self._point_to_best()
+        if self.validate and self.args.eval_strategy == "epoch" and ends_epoch(self.state):
+            self._determine_best_metric(self.evaluate(), None)
 
     def _issue_warnings_after_load(self, load_result: object) -> None:
         """A tied head is not in the file, and comes back by tying; anything else amiss is an error, not a warning."""
@@ -45,44 +192,31 @@ class RecordedTrainer(Trainer):
                              f"{len(load_result.unexpected_keys)} unknown; start again with --overwrite")
 
 
-def failure(what: str, state: TrainerState, folder: Path) -> str:
-    """The sentence for a number that is none: when, and what is left."""
-    kept = get_last_checkpoint(str(folder))
-    left = f"{kept} is the last good checkpoint" if kept else "there is no checkpoint yet"
-    return (f"{what} became NaN or infinite at step {state.global_step + 1}, before its update; {left}. "
-            "Lower --lr or check the data, and start again with --overwrite")
+class TakeUp(TrainerCallback):
+    """Before the first step of a resumed training."""
+
+    def __init__(self, trainer: RecordedTrainer, checkpoint: Path):
+        self.trainer, self.checkpoint = trainer, checkpoint
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+                       **_: object) -> None:
+        self.trainer.take_up(self.checkpoint)
 
 
-class Bar(ProgressCallback):
-    """Trainer's progress bar without the numbers, which go to the record."""
+class ByLength(LengthGroupedSampler):
+    """Examples of about the same length together, in an order that follows from the seed and the epoch alone: drawn
+    from the global generator, as Trainer does, it would be another one after a resumption."""
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        pass
+    def __init__(self, batch_size: int, dataset: Sequence[Mapping[str, object]], seed: int):
+        super().__init__(batch_size, dataset, generator=torch.Generator())
+        self.seed, self.epoch = seed, 0
 
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
-class Record(TrainerCallback):
-    """Writes what Trainer logs into the run's record, and stops before an update that is not a number."""
-
-    def __init__(self, log: Callable[..., None], seconds_before: float = 0.0):
-        self.write = log
-        self.started = time.perf_counter() - seconds_before
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None,
-               **_: object) -> None:
-        seconds = time.perf_counter() - self.started
-        if "loss" in logs:
-            numbers = {key: logs[key] for key in ("loss", "learning_rate", "grad_norm") if key in logs}
-            self.write(step=state.global_step, epoch=round(state.epoch, 4), seconds=seconds, **numbers)
-        elif "eval_accuracy" in logs:
-            self.write(step=state.global_step, epoch=round(state.epoch, 4), validation_accuracy=logs["eval_accuracy"])
-
-    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
-                              model: nn.Module | None = None, **_: object) -> None:
-        if args.fp16:  # an overflow is expected there: the gradient scaler skips the step
-            return
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if not torch.stack([g.isfinite().all() for g in gradients]).all():
-            raise TrainingFailed(failure("the gradient", state, Path(args.output_dir)))
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
 
 
 def training_arguments(args: RunArgs, folder: Path, device: torch.device,
@@ -96,10 +230,10 @@ def training_arguments(args: RunArgs, folder: Path, device: torch.device,
         warmup_steps=args.warmup_ratio if args.schedule else 0, seed=args.seed, data_seed=args.seed,
         bf16=autocast_dtype is torch.bfloat16, fp16=autocast_dtype is torch.float16, use_cpu=device.type == "cpu",
         logging_steps=args.log_interval, logging_first_step=True, logging_nan_inf_filter=False, report_to=[],
-        eval_strategy="epoch" if args.eval_epochs else "no", save_strategy="epoch", save_total_limit=2,
-        load_best_model_at_end=args.select_best, metric_for_best_model="accuracy" if args.select_best else None,
-        remove_unused_columns=False, label_names=["labels"], dataloader_pin_memory=device.type == "cuda",
-        disable_tqdm=not sys.stderr.isatty())
+        eval_strategy="epoch" if args.eval_epochs else "no", save_strategy="epoch", save_steps=args.save_steps,
+        save_total_limit=2, load_best_model_at_end=args.select_best,
+        metric_for_best_model="accuracy" if args.select_best else None, remove_unused_columns=False,
+        label_names=["labels"], dataloader_pin_memory=device.type == "cuda", disable_tqdm=not sys.stderr.isatty())
 
 
 def train(model: nn.Module, rows: Sequence[object], collate: Callable[[Sequence[object]], dict[str, Tensor]],
@@ -108,32 +242,72 @@ def train(model: nn.Module, rows: Sequence[object], collate: Callable[[Sequence[
     """Train what requires gradients on `rows`, batched by `collate`; the state after the last step. `seconds_before`
     were spent before a resumption.
 
-    Raises TrainingFailed for a loss or gradient that is not a number or for too little memory, and InputError if there
-    is nothing to resume.
+    A stop that is asked for (stt/stopping.py) ends the process after the step and its checkpoint. Raises TrainingFailed
+    for a loss or gradient that is not a number, for too little memory and for a checkpoint that cannot be written, and
+    InputError if there is nothing to resume or its selection is another one.
     """
     check_trained_dtype(model)
+    checkpoint = checkpoint_of(model, Path(arguments.output_dir)) if resume else None
     try:
         trainer = RecordedTrainer(model=model, args=arguments, train_dataset=list(rows), data_collator=collate,
                                   eval_dataset=[] if validate else None, validate=validate,
-                                  callbacks=[Record(log, seconds_before)])
+                                  callbacks=[Record(log, seconds_before), Saving()])
         trainer.remove_callback(PrinterCallback)
         if trainer.pop_callback(ProgressCallback):
             trainer.add_callback(Bar)
-        checkpoint = last_checkpoint(Path(arguments.output_dir)) if resume else None
-        with logging_redirect_tqdm():
-            trainer.train(resume_from_checkpoint=checkpoint)
+        if checkpoint:
+            trainer.add_callback(TakeUp(trainer, checkpoint))
+        if arguments.should_save:
+            checkpoints.clear(trainer.folder)
+        with stopping.deferred(), logging_redirect_tqdm(), own_names(model):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except pickle.UnpicklingError as error:  # from torch.load, which Trainer allows tensors and plain values only
+        raise InputError(f"{checkpoint} holds more than numbers and was not written by us: start again with "
+                         "--overwrite") from error
     except torch.OutOfMemoryError as error:
-        raise TrainingFailed(f"the device ran out of memory: halve --train_batch and double "
-                             f"--gradient_accumulation_steps ({str(error).splitlines()[0]})") from error
+        raise TrainingFailed(f"the device ran out of memory outside of a forward and backward pass: lower --eval_batch "
+                             f"or take a smaller model ({str(error).splitlines()[0]})") from error
     return trainer.state
 
 
-def last_checkpoint(folder: Path) -> str:
-    """The newest checkpoint folder. Raises InputError if there is none."""
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if found is None:
-        raise InputError(f"nothing to resume: {folder} holds no checkpoint; start without --resume")
-    return found
+def checkpoint_of(model: nn.Module, folder: Path) -> Path:
+    """The newest checkpoint that is whole. Raises InputError if there is none or it is of another selection."""
+    checkpoint, _ = checkpoints.newest(folder)
+    if json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))["selection"] != digest_of_selection(model):
+        raise InputError(f"{checkpoint} was trained with another selection than this run makes: the model or the data "
+                         "changed; start again with --overwrite")
+    return checkpoint
+
+
+def digest_of_selection(model: nn.Module) -> str | None:
+    """sha256 over the kept units of every site; None for a model that is not sliced."""
+    selection = getattr(unwrap_peft_model(model), "stt_selection", None)
+    if selection is None:
+        return None
+    digest = hashlib.sha256()
+    for site, ids in sorted(selection.items()):
+        digest.update(json.dumps([site, ids.tolist()]).encode())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def own_names(model: nn.Module) -> Iterator[None]:
+    """Checkpoints hold the parameters by the names the model has: save_pretrained writes some (ViT's, a mixture's
+    experts) as older releases had them, and Trainer, which loads without from_pretrained, would know none of those."""
+    before = model.__dict__.get("save_pretrained")  # a sliced model has its own
+    model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
+    try:
+        yield
+    finally:
+        del model.save_pretrained
+        if before is not None:
+            model.save_pretrained = before
+
+
+def wait_for_all() -> None:
+    """Until every process is here."""
+    if distributed.is_initialized():
+        distributed.barrier()
 
 
 def check_trained_dtype(model: nn.Module) -> None:

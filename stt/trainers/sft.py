@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import unwrap_peft_model
 
-from stt.loss import chunked_loss
+from stt.loss import Teach, chunked_loss
+from stt.packing import Packing
 from stt.surgery import restore_forward
 from stt.trainers import loop
 
@@ -31,11 +32,13 @@ def collate(pad_id: int) -> Callable[[Sequence[Encoded]], dict[str, Tensor]]:
 
 def train(model: nn.Module, encoded: Sequence[Encoded], pad_id: int, arguments: TrainingArguments,
           log: Callable[..., None], validate: Callable[[], float] | None = None, resume: bool = False,
-          seconds_before: float = 0.0) -> TrainerState:
+          seconds_before: float = 0.0, packing: Packing | None = None, teach: Teach | None = None) -> TrainerState:
     """`loop.train` with the loss of `chunked_loss`, over the labelled tokens of the whole accumulated batch; afterwards
-    the model's forward is its own again. Raises what that raises, and InputError for a model without such a loss."""
-    chunked_loss(model)
+    the model's forward is its own again. `packing` lets the examples of a batch share rows, `teach` changes the loss.
+    Raises what loop.train raises, and InputError for a model without such a loss."""
+    chunked_loss(model, teach)
+    batches = collate(pad_id) if packing is None else packing.collate(pad_id)
     try:
-        return loop.train(model, encoded, collate(pad_id), arguments, log, validate, resume, seconds_before)
+        return loop.train(model, encoded, batches, arguments, log, validate, resume, seconds_before)
     finally:
         restore_forward(unwrap_peft_model(model))
