@@ -144,7 +144,8 @@ class LLMBench:
     def train(self, model: PreTrainedModel, arguments: TrainingArguments, log: Callable[..., None]) -> None:
         from stt.trainers.sft import train
 
-        train(model, self.encoded, self.tokenizer.pad_token_id, arguments, log, packing=self.packing, teach=self.teacher)
+        train(model, self.encoded, self.tokenizer.pad_token_id, arguments, log, packing=self.packing,
+              teach=self.teacher)
 
     def correct(self, model: PreTrainedModel, split: str) -> list[bool]:
         return [row["correct"] for row in self.judge.answers(model, getattr(self.task, split))]

@@ -76,8 +76,8 @@ def test_rows_and_files(whole: tuple[Path, list[tuple[int, str]]]) -> None:
     folder, looked_at = whole
     rows = rows_of(folder)
     assert [(row["mode"], row["seed"]) for row in rows] == [
-        *[("stt_lora", TRIAL_SEED)] * 2, *[("mag_tp", TRIAL_SEED)] * 2, ("stt_lora", 42), ("mag_tp", 42), ("stt_lora", 43),
-        ("mag_tp", 43)]
+        *[("stt_lora", TRIAL_SEED)] * 2, *[("mag_tp", TRIAL_SEED)] * 2, ("stt_lora", 42), ("mag_tp", 42),
+        ("stt_lora", 43), ("mag_tp", 43)]
     assert set(looked_at) == {(TRIAL_SEED, "validation"), (42, "test"), (43, "test")}
     assert all((folder / "run" / name).stat().st_size for name in FILES)
     report = (folder / "run" / "report.md").read_text()

@@ -22,6 +22,7 @@ REFUSED: dict[str, tuple[object, str]] = {
     "preset": ("published", "--mode names the scores to compare, and --compensate what is made up for"),
     "eval_epochs": (True, "a trial is validated once, after its training"),
     "select_best": (False, "every run is measured after its last epoch"),
+    "save_steps": (0, "what goes on after a stop is the next training, not a part of one"),
     "eval_restored": (False, "nothing is put back"),
 }
 
