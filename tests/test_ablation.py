@@ -23,6 +23,7 @@ from stt.arguments import CHECKOUT
 from stt.errors import InputError, TrainingFailed
 from stt.modes import MODES
 from stt.selection import Selection
+from stt.statistics import Difference
 from stt.trainers import loop
 
 LRS = (1e-4, 1e-3, 1e-2)
@@ -81,7 +82,6 @@ def test_flags_that_make_no_ablation(given: dict[str, object], complaint: str) -
     ({"task": "boolq", "test_size": 10}, "test_size makes new stories"),
     ({"dev_mode": True, "test_size": 10}, "test_size makes new stories"),
     ({"mode": "sttt"}, "Did you mean 'stt'"),
-    ({"mode": "stt,scores"}, "names 'stt' more than once"),
     ({"reference": "wanda_adapt"}, "reference 'wanda_adapt' is none of the modes compared"),
     ({"seed": 999_999, "seeds": 2}, "must stay below 1000000"),
 ])
@@ -127,7 +127,7 @@ def test_arms() -> None:
     assert [arm.tune_attn for arm in found] == [True, True, False]
     assert [arm.threshold for arm in arms.find(["ns_sigma"], (-0.1, 0.01), (), (), False)] == [-0.1, 0.01]
     assert [arm.sample_ratio for arm in arms.find(["ns_activeset"], (), (0.02, 0.1), (), False)] == [0.02, 0.1]
-    scores = arms.find(["scores", "contribution"], (), (), (), False)
+    scores = arms.find(["scores", "contribution", "random"], (), (), (), False)
     assert [arm.mode.score for arm in scores] == ["stt", "activation_mean", "activation_rate", "magnitude", "wanda",
                                                   "gate_product", "taylor", "random", "contribution"]
 
@@ -270,6 +270,8 @@ def test_every_table_says_what_it_can_detect(lines: list[tables.Line]) -> None:
     size = 100 * lines[1].difference.detectable
     assert f"Minimum detectable difference: {size:.1f} points" in "".join(tables.notes(lines))
     assert "nothing to compare" in "".join(tables.notes(lines[:1]))
+    same = dataclasses.replace(lines[1], difference=Difference(0.0, 0.0, 0.0, 0.0))
+    assert "Every mode gave the same answers" in "".join(tables.notes([lines[0], same]))
     assert tables.at_edge(lines, LRS) == []
     assert "edge of those tried for: stt, random" in tables.at_edge(lines, LRS[1:])[0]
 

@@ -63,18 +63,13 @@ GROUPS = ("scores", "ns_activeset", "ns_sigma", "transfer")
 
 def find(names: Sequence[str], thresholds: Sequence[float], sample_ratios: Sequence[float],
          keep_ratios: Sequence[float], tune_attn: bool) -> list[Arm]:
-    """The arms of these names, groups taken apart; each that cuts once for every one of `keep_ratios`, if there are
-    any. Raises InputError for an unknown name and for one given twice."""
-    arms = [arm for name in names for arm in _named(name, thresholds, sample_ratios)]
+    """The arms of these names, groups taken apart, each once; and each that cuts for every one of `keep_ratios`, if
+    there are any. Raises InputError for an unknown name."""
+    arms = list(dict.fromkeys(arm for name in names for arm in _named(name, thresholds, sample_ratios)))
     if tune_attn:
         arms = [replace(arm, tune_attn=arm.cuts) for arm in arms]
-    arms = [each for arm in arms for each in ([replace(arm, keep_ratio=ratio) for ratio in keep_ratios]
+    return [each for arm in arms for each in ([replace(arm, keep_ratio=ratio) for ratio in keep_ratios]
                                               if arm.cuts and keep_ratios else [arm])]
-    labels = [arm.label for arm in arms]
-    twice = next((label for label in labels if labels.count(label) > 1), None)
-    if twice:
-        raise InputError(f"mode names {twice!r} more than once (a group's name stands for its modes): leave one out.")
-    return arms
 
 
 def _named(name: str, thresholds: Sequence[float], sample_ratios: Sequence[float]) -> list[Arm]:

@@ -80,7 +80,7 @@ def _interval(difference: Difference | None) -> str:
 
 
 def _detectable(difference: Difference | None) -> str:
-    return "–" if difference is None else f"{100 * difference.detectable:.1f}"
+    return "–" if difference is None or not difference.detectable else f"{100 * difference.detectable:.1f}"
 
 
 def notes(lines: Sequence[Line]) -> list[str]:
@@ -88,7 +88,9 @@ def notes(lines: Sequence[Line]) -> list[str]:
     compared = [line for line in lines if line.difference is not None]
     if not compared:
         return ["One mode: there is nothing to compare it with."]
-    sizes = sorted({float(_detectable(line.difference)) for line in compared})
+    sizes = sorted({float(_detectable(line.difference)) for line in compared if line.difference.detectable})
+    if not sizes:
+        return ["Every mode gave the same answers as its reference: nothing is known about what can be detected."]
     detectable = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
     seeds = min(len(line.accuracy) for line in lines)
     over = "the test items alone (one seed says nothing about other seeds)" if seeds == 1 else "seeds and test items"
