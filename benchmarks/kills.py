@@ -215,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     batteries = {kind: battery(kind, kills, args.work, args.seed)
                  for kind, kills in (("forked", args.forked), ("fresh", args.fresh)) if kills}
-    text = page(batteries, "python benchmarks/kills.py --out benchmarks/KILLS.md")
+    text = page(batteries, "python benchmarks/kills.py --work kills --out benchmarks/KILLS.md")
     print(text)
     if args.out:
         args.out.write_text(text, encoding="utf-8")

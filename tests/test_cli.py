@@ -104,7 +104,7 @@ def test_mistakes_get_one_sentence(line, sentence, capsys):
     ("flour: {kind: rye}", "flour must be one value, got a dict"),
     ("- flour", "must hold one `flag: value` per line"),
     ("a: b: c", "is not a YAML file"),
-    ("flour: !!python/object/apply:os.system ['touch evil']", "flour must be one value"),
+    ("flour: !!python/object/apply:os.system ['touch evil']", "line 1: the tag .*os.system means nothing here"),
 ])
 def test_config_file(text, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
