@@ -7,6 +7,7 @@ import numpy
 import pytest
 from numpy.typing import NDArray
 
+import stt.statistics
 from stt.statistics import Difference, paired_difference
 from stt.words import student
 
@@ -45,9 +46,10 @@ def test_against_a_bootstrap_that_draws_one_by_one() -> None:
     assert (found.low - found.mean, found.high - found.mean) == pytest.approx((low, high), abs=0.06 * (high - low))
 
 
-def test_intervals_are_right_as_often_as_they_say_and_find_what_they_can() -> None:
+def test_intervals_are_right_as_often_as_they_say_and_find_what_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
     """200 experiments: the truth lies inside 95 % of the time or a little more; a difference of the size called
     detectable is found about 4 times in 5."""
+    monkeypatch.setattr(stt.statistics, "DRAWS", 2000)
     generator = numpy.random.default_rng(3)
     found = [paired_difference(*answers(generator, DELTA), seed=i) for i in range(200)]
     covered = sum(each.low <= DELTA <= each.high for each in found) / 200

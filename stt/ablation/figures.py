@@ -18,7 +18,7 @@ def accuracy_by_kept(lines: Sequence[Line], path: str | Path) -> None:
         curves.setdefault(line.mode, []).append(line)
     unnamed = [mode for mode in curves if mode not in plots.MODE_COLOURS]
     colours = plots.MODE_COLOURS | {mode: OTHERS[place % len(OTHERS)] for place, mode in enumerate(unnamed)}
-    with plots.figure(path, 3.6) as (_, axes):
+    with plots.figure(path, max(3.6, 0.2 * len(curves))) as (_, axes):
         for mode, of_mode in curves.items():
             points = sorted((statistics.mean(line.numbers["kept"]), statistics.mean(line.accuracy),
                              statistics.stdev(line.accuracy) if len(line.accuracy) > 1 else 0.0) for line in of_mode)
