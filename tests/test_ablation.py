@@ -90,6 +90,12 @@ def test_flags_that_are_refused_together(given: dict[str, object], complaint: st
         study.plan(resolve(LLMAblationArgs(**given)))
 
 
+def test_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="without torchrun"):
+        study.plan(resolve(LLMAblationArgs()))
+
+
 def test_what_stands_for_nothing() -> None:
     """The shipped model in minutes, any other as published; new stories only for the shipped clutrr."""
     quick, real = resolve(LLMAblationArgs()), resolve(LLMAblationArgs(model="qwen"))

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from stt.ablation.cells import Cell, Cells, fill
 from stt.arguments import CHECKOUT
 from stt.errors import InputError
 from stt.runs import read_json
-from stt.words import markdown_table, percent
+from stt.words import markdown_table, model_name, percent
 from util.utils import FORMAT_VERSION, finite, git_commit, versions, write_json_atomic
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,10 @@ class Plan:
 
 def plan(args: flags.AblationFlags) -> Plan:
     """The plan of the flags, which are resolved. Raises InputError for an unknown mode or reference, and for seeds that
-    the trials use."""
+    the trials use. Every cell is one process's: more of them are refused."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("an ablation runs in one process: start it without torchrun, or give each process an ablation "
+                         "of its own (stt sweep).")
     if args.seed + args.seeds > flags.TRIAL_SEED:
         raise InputError(f"seed and seeds must stay below {flags.TRIAL_SEED}, which the trials use, got {args.seed} "
                          f"and {args.seeds}.")
@@ -109,11 +113,12 @@ def conduct(args: flags.AblationFlags, plan: Plan, bench: Bench, folder: Path, t
     shutil.rmtree(folder / WORK, ignore_errors=True)
     lines = tables.lines_of(cells, plan.arms, plan.references)
     found, sites = benches.selections(bench, plan.arms, args.seed)
-    words = [*words, *_protocol(args, plan, bench), report.head_words(args.head, bench.is_tied, lines[0]),
+    majority = [] if bench.majority is None else [f"Majority class: {percent(bench.majority)}."]
+    words = [*words, *majority, *_protocol(args, plan, bench), report.head_words(args.head, bench.is_tied, lines[0]),
              *tables.at_edge(lines, plan.lrs), *report.transfer_words(found, plan.arms, args.source_task)]
     text = report.write(folder, title, lines, words, bench.majority, found, sites)
     write_json_atomic(folder / "ablation.json", {
-        "format_version": FORMAT_VERSION, "model": args.model, "task": args.task,
+        "format_version": FORMAT_VERSION, "model": model_name(args.model), "task": args.task,
         "lines": [asdict(line) for line in lines], "versions": versions(), "git_commit": git_commit()})
     print("\n".join([text, f"report: {folder / 'report.md'}"]))
     return 0
