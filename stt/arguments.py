@@ -184,7 +184,8 @@ class RunArgs:
     """delete an earlier run in the run folder first"""
 
     def __post_init__(self) -> None:
-        check_choices(self, {"mode": Mode, "head": Head, "precision": Precision, "partial": Partial, "preset": Preset,
+        self._check_mode()
+        check_choices(self, {"head": Head, "precision": Precision, "partial": Partial, "preset": Preset,
                              "compensate": Compensation, "units": Units})
         check_ranges(self, RANGES)
         for name in ("model", "task", "output_dir", "run_name", "train_file", "eval_file"):
@@ -206,6 +207,9 @@ class RunArgs:
         if self.train_file is None and self.eval_file:
             raise InputError("eval_file is about the data of train_file, and that is not given; a task has its own.")
         self._check_selection()
+
+    def _check_mode(self) -> None:
+        check_choices(self, {"mode": Mode})
 
     def _check_selection(self) -> None:
         chosen = [name for name in ("score", "preset") if getattr(self, name) not in (None, "published")]

@@ -108,7 +108,7 @@ def composition(sites: Sequence[Mapping[str, object]], path: str | Path) -> None
                           color=colour, fontsize=9, fontweight="bold")
             floor = [low + share for low, share in zip(floor, shares, strict=True)]
         axes.set_title("What chose the kept neurons")
-        _percent(axes.yaxis)
+        percent_axis(axes.yaxis)
         axes.set_ylim(0, 1)
 
 
@@ -162,7 +162,7 @@ def _validation(axes: Axes, points: Sequence[tuple[float, float]], colour: str, 
     axes.plot(steps, scores, color=colour, linewidth=2, marker="o", markersize=5, markeredgecolor="white")
     _end_label(axes, steps[-1], scores[-1], f"{scores[-1]:.1%}", colour)
     axes.set_title(f"Validation {metric}")
-    _percent(axes.yaxis)
+    percent_axis(axes.yaxis)
     axes.set_ylim(min(0, *scores), min(1.0, max(scores) * 1.2 + 0.05))
 
 
@@ -178,7 +178,8 @@ def _end_label(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
                   fontweight="bold", annotation_clip=False)
 
 
-def _percent(axis: object) -> None:
+def percent_axis(axis: object) -> None:
+    """Shares as whole percentages along the axis."""
     from matplotlib.ticker import PercentFormatter
 
     axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -215,7 +216,7 @@ def _accuracies(axes: Axes, rows: Sequence[Bar], majority: float | None) -> None
     axes.set_xlim(0, min(1.12, max(max(row.accuracy) for row in rows) * 1.18) or 1)
     axes.set_xlabel("accuracy")
     axes.grid(axis="y", visible=False)
-    _percent(axes.xaxis)
+    percent_axis(axes.xaxis)
 
 
 def _trained(axes: Axes, rows: Sequence[Bar]) -> None:

@@ -25,11 +25,14 @@ def wilson(correct: int, n: int) -> tuple[float, float]:
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
+def student(freedom: int) -> float:
+    """The 97.5 % point of Student's t."""
+    return T[freedom - 1] if freedom <= len(T) else Z + 2.4 / freedom
+
+
 def paired_interval(gaps: Sequence[float]) -> tuple[float, float]:
     """The 95 % interval of the mean of two or more differences: mean ∓ t s / sqrt(n)."""
-    freedom = len(gaps) - 1
-    t = T[freedom - 1] if freedom <= len(T) else Z + 2.4 / freedom
-    half = t * statistics.stdev(gaps) / math.sqrt(len(gaps))
+    half = student(len(gaps) - 1) * statistics.stdev(gaps) / math.sqrt(len(gaps))
     return statistics.mean(gaps) - half, statistics.mean(gaps) + half
 
 

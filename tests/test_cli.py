@@ -230,8 +230,8 @@ def test_resolved_fills_in_what_the_model_needs(shipped, caplog):
     assert args.run_name == "stt-tiny-clutrr-stt-top0.3-seed42"
     assert "lr 0.001" in caplog.text
     real = resolved(LLMArgs(model="qwen3"))
-    assert (real.model, real.lr, real.num_epoch, real.train_batch, real.schedule) == (
-        "Qwen/Qwen2.5-3B", 1e-5, 10, 8, False)
+    found = (real.model, real.lr, real.num_epoch, real.train_batch, real.schedule)
+    assert found == ("Qwen/Qwen2.5-3B", 1e-5, 10, 8, False)
 
 
 def test_resolved_keeps_what_was_given(shipped):
@@ -335,8 +335,8 @@ def test_no_dead_flag_in_verbs(verb):
 
 
 def attributes_of(name: str, function: ast.FunctionDef) -> set[str]:
-    return {node.attr for node in ast.walk(function)
-            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == name}
+    nodes = ast.walk(function)
+    return {node.attr for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node.value) == name}
 
 
 def test_help_imports_nothing_heavy():

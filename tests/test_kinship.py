@@ -288,6 +288,7 @@ def test_combinations_disjoint(script, tmp_path):
     (["--test", "many"], "--test must be a whole number, got 'many'"),
     (["--seed", "-1"], "--seed must be 0 or more"),
     (["--disjoint", "name"], "Did you mean 'names'"),
+    (["--apart_from", "nowhere"], "--apart_from must be a folder this program wrote"),
     (["--colour", "red"], "unknown flag '--colour'"),
     (["--disjoint", "names", "--hops", "2", "--test", "50000"], "ask for fewer"),
 ])
@@ -298,6 +299,20 @@ def test_bad_input_writes_nothing(script, tmp_path, capsys, flags, message):
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "new").exists()
+
+
+def test_apart_from_other_files(script, tmp_path):
+    """The same seed makes the same stories, unless they are to be kept apart: then none is made twice."""
+    def made(name, *flags):
+        sizes = ["--seed", "3", "--train", "18", "--val", "18", "--test", "36"]
+        assert script.main(["--out", str(tmp_path / name), *sizes, *flags]) == 0
+        return {row["story"] for split in SPLITS for row in json.loads((tmp_path / name / f"{split}.json").read_text())}
+
+    first = made("first")
+    assert made("again") == first
+    apart = made("apart", "--apart_from", str(tmp_path / "first"))
+    assert len(apart) == 72
+    assert not apart & first
 
 
 def test_out_below_a_file(script, tmp_path, capsys):

@@ -87,7 +87,7 @@ class ClassifierJudge:
             return {**found, "accuracy": {"n": len(items)}}
         labels, names = [item.label for item in items], self.task.labels
         correct = sum(label == prediction for label, prediction in zip(labels, predictions, strict=True))
-        accuracy = {"test": correct / len(items), "n": len(items), "correct": correct, "majority": self._majority()}
+        accuracy = {"test": correct / len(items), "n": len(items), "correct": correct, "majority": self.majority()}
         return {**found, "accuracy": accuracy, "classes": by_class(labels, predictions, names),
                 "confusion": confusion(labels, predictions, len(names))}
 
@@ -99,7 +99,7 @@ class ClassifierJudge:
         return {"input": content, "prediction": names[prediction], "label": names[item.label],
                 "correct": prediction == item.label, "probability": round(float(output.softmax(-1)[prediction]), 6)}
 
-    def _majority(self) -> float:
+    def majority(self) -> float:
         """The accuracy of always giving the most frequent training label; of equals, the first."""
         counts = Counter(item.label for item in self.task.train)
         majority = min(counts, key=lambda label: (-counts[label], label))

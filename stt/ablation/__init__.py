@@ -1,0 +1,1 @@
+"""Ablations: many ways to select and train, compared so that a difference can be detected."""
