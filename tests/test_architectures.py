@@ -31,9 +31,9 @@ NO_WIDTH = {"bloom", "convnext", "dinov3_convnext", "flaubert", "hgnet_v2", "lil
 NOT_RELOADED = {"pixio"}  # the dense model neither: its final norm is saved twice, under names of which one is loaded
 NO_NEURONS = {  # parameters that have an axis of a feed-forward width by chance
     "levit": ("keys_values.",), "nemo_speechlm": ("mixer.in_proj.",)}
-every_type = pytest.mark.parametrize("model_type", [
-    pytest.param(name, marks=() if name in USED else pytest.mark.matrix)
-    for name in model_types() if name not in NOT_BUILDABLE])
+LOST = {  # blocks that look like a feed-forward block and are not sliced, each with its reason
+    "gemma3n_text": 1, "granite_speech": 16, "granite_speech_plus": 16, "hgnet_v2": 1, "inkling2_text": 1,
+    "mobilenet_v2": 16, "musicgen": 4, "musicgen_melody": 2, "siglip2": 2, "zamba": 10, "zamba2": 1}
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +42,25 @@ def worker() -> Iterator[Worker]:
         yield one
 
 
-@every_type
-def test_sliced_reloaded_and_exported(model_type: str, worker: Worker, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", sorted(USED))
+def test_the_most_used_types(model_type: str, worker: Worker, tmp_path: Path) -> None:
+    check(model_type, worker, tmp_path)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("model_type", [name for name in model_types() if name not in NOT_BUILDABLE])
+def test_every_type(model_type: str, worker: Worker, tmp_path: Path) -> None:
+    check(model_type, worker, tmp_path)
+
+
+def check(model_type: str, worker: Worker, tmp_path: Path) -> None:
+    """Sliced, reloaded and exported."""
     row = measured(model_type, worker, tmp_path / "files")
     if model_type in WITHOUT | REFUSED:
         assert (row.blocks, row.reason[:25]) == (0, "no feed-forward site in " + row.model_class[:1])
         return
     assert row.blocks > 0
+    assert row.left_out == LOST.get(model_type, 0)
     assert row.effect > max(1e-5, 100 * row.sliced)  # else the oracle proves nothing
     assert row.whole <= tolerance(build(model_type).model)
     assert row.sliced <= 1e-5
