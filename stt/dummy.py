@@ -17,6 +17,9 @@ def dummy_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Batches of two that the model may take as its main input: token ids, pictures, spectrograms or waveforms; of an
     encoder-decoder for both sides. The likeliest first; none for any other kind of input."""
     accepted = inspect.signature(model.forward).parameters
+    if model.main_input_name not in accepted:
+        yield from _queries(model)
+        return
     made = {"input_ids": _ids, "pixel_values": _pictures, "input_features": _spectrograms, "input_values": _sounds}
     for main in made.get(model.main_input_name, lambda _: ())(model):
         inputs = {model.main_input_name: main}
@@ -43,6 +46,17 @@ def fitting_inputs(model: nn.Module) -> dict[str, Tensor] | None:
 
 def _first_example(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value[:1] if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
+def _queries(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """For a model that is given hidden states (2, TOKENS, hidden) first, as a Q-Former is its queries: these, and those
+    of an encoder if it attends to one."""
+    first, *others = inspect.signature(model.forward).parameters
+    size = getattr(model.config, "hidden_size", None)
+    if size:
+        of_encoder = getattr(model.config, "encoder_hidden_size", size)
+        yield {first: _random(2, TOKENS, size),
+               **{name: _random(2, TOKENS, of_encoder) for name in others if name == "encoder_hidden_states"}}
 
 
 def _ids(model: nn.Module) -> Iterator[Tensor]:

@@ -32,7 +32,7 @@ NOT_RELOADED = {"pixio"}  # the dense model neither: its final norm is saved twi
 NO_NEURONS = {  # parameters that have an axis of a feed-forward width by chance
     "levit": ("keys_values.",), "nemo_speechlm": ("mixer.in_proj.",)}
 LOST = {  # blocks that look like a feed-forward block and are not sliced, each with its reason
-    "gemma3n_text": 1, "granite_speech": 16, "granite_speech_plus": 16, "hgnet_v2": 1, "inkling2_text": 1,
+    "gemma3n_text": 1, "hgnet_v2": 1, "inkling2_text": 1,
     "mobilenet_v2": 16, "musicgen": 4, "musicgen_melody": 2, "siglip2": 2, "zamba": 10, "zamba2": 1}
 
 
