@@ -19,9 +19,10 @@ from util.grid import read_grid
 
 
 def started(*command: str, **variables: str) -> subprocess.Popen[bytes]:
-    """A program of ours in the background, in a process group of its own."""
+    """A program of ours in the background, in a process group of its own; a shell may have told us to ignore Ctrl-C."""
     return subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                            env=os.environ | {"PYTHONPATH": str(ROOT)} | variables, process_group=0)
+                            env=os.environ | {"PYTHONPATH": str(ROOT)} | variables, process_group=0,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def eventually(is_true: Callable[[], bool], seconds: float = 30) -> None:
