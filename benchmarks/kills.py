@@ -69,12 +69,14 @@ def forked(folder: Path) -> int:
     child = os.fork()
     if child:
         return child
+    code = 1
     try:
         train_tiny(folder)
-    except BaseException:  # whatever it is, the child must not go on as its parent does
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
+        code = 0
+    finally:  # whatever happened, the child must not go on as its parent does
+        if code:
+            traceback.print_exc()
+        os._exit(code)
 
 
 def fresh(folder: Path) -> int:

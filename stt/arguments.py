@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -50,6 +51,13 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
 )
 
 Args = TypeVar("Args", bound="RunArgs")
+
+
+def open_flag(shipped: str, for_shipped: Mapping[str, object], for_real: Mapping[str, object], name: str, metavar: str,
+              *aliases: str) -> object:
+    """How a flag is shown whose default depends on whether the model is the `shipped` one."""
+    hint = f"(default: {json.dumps(for_shipped[name])} for {shipped}, {json.dumps(for_real[name])} for other models)"
+    return arg(aliases=aliases, metavar=metavar, help_behavior_hint=hint)
 
 
 def check_ranges(args: object, ranges: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...]) -> None:

@@ -1,7 +1,7 @@
 """The flags of train_llm.py that other recipes do not have, or that mean something of their own there."""
 from __future__ import annotations
 
-import json
+import functools
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 from tyro.conf import arg
 
 from stt import arguments
-from stt.arguments import KEEPS_EVERYTHING, RunArgs, check_choices, check_ranges
+from stt.arguments import KEEPS_EVERYTHING, RunArgs, check_choices, check_ranges, open_flag
 from stt.errors import InputError
 
 Part = Literal["all", "prompt", "answer"]
@@ -21,11 +21,7 @@ FOR_SHIPPED_MODEL = {"lr": 1e-3, "num_epoch": 3, "train_batch": 32, "schedule": 
 FOR_REAL_MODELS = {"lr": 1e-5, "num_epoch": 10, "train_batch": 8, "schedule": False}
 
 
-def _open(name: str, metavar: str, *aliases: str) -> object:
-    """How a flag is shown whose default depends on the model."""
-    shipped, real = (json.dumps(numbers[name]) for numbers in (FOR_SHIPPED_MODEL, FOR_REAL_MODELS))
-    hint = f"(default: {shipped} for stt-tiny, {real} for other models)"
-    return arg(aliases=aliases, metavar=metavar, help_behavior_hint=hint)
+_open = functools.partial(open_flag, "stt-tiny", FOR_SHIPPED_MODEL, FOR_REAL_MODELS)
 
 
 @dataclass(frozen=True)

@@ -335,8 +335,7 @@ def test_no_dead_flag_in_verbs(verb):
 
 
 def attributes_of(name: str, function: ast.FunctionDef) -> set[str]:
-    nodes = ast.walk(function)
-    return {node.attr for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node.value) == name}
+    return {n.attr for n in ast.walk(function) if isinstance(n, ast.Attribute) and ast.unparse(n.value) == name}
 
 
 def test_help_imports_nothing_heavy():

@@ -120,7 +120,7 @@ def exit_code(work: Callable[[], object], said: Path) -> int:
     code = 1
     try:
         code = work() or 0
-    except BaseException:  # the child must not go on as pytest
-        os.write(2, traceback.format_exc().encode())
-    finally:
+    finally:  # whatever happened, the child must not go on as pytest
+        if sys.exc_info()[0] is not None:
+            os.write(2, traceback.format_exc().encode())
         os._exit(code)

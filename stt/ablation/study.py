@@ -120,7 +120,7 @@ def conduct(args: flags.AblationFlags, plan: Plan, bench: Bench, folder: Path, t
     write_json_atomic(folder / "ablation.json", {
         "format_version": FORMAT_VERSION, "model": model_name(args.model), "task": args.task,
         "lines": [asdict(line) for line in lines], "versions": versions(), "git_commit": git_commit()})
-    print("\n".join([text, f"report: {folder / 'report.md'}"]))
+    sys.stdout.write(f"{text}\nreport: {folder / 'report.md'}\n")
     return 0
 
 
@@ -132,7 +132,7 @@ def _calibrate(args: flags.AblationFlags, plan: Plan, bench: Bench, folder: Path
                                                             for other in found.values())] for a, ours in found.items())]
     text = "\n".join([f"# {title}", "", *markdown_table(rows), "", *lines])
     (folder / "report.md").write_text(text, encoding="utf-8")
-    print("\n".join([text, f"report: {folder / 'report.md'}"]))
+    sys.stdout.write(f"{text}\nreport: {folder / 'report.md'}\n")
     return 0
 
 
