@@ -105,8 +105,8 @@ class _Found:
 
     def look(self, name: str, module: nn.Module, inputs: Mapping[str, object], is_block: bool = False) -> bool:
         """Trace one module (called `name` in the model); True if it shows a site. A block that shows none does not
-        count as seen: a larger one around it may."""
-        sources = trace(module, inputs)
+        count as seen, nor what it shows as refused: a larger one around it may show more, other inputs less."""
+        sources, refused = trace(module, inputs), dict(self.refused)
         for source in sources:
             source.parameter = self._in_model(name, source.parameter)
         examples = len(next(value for value in inputs.values() if isinstance(value, Tensor)))
@@ -117,6 +117,7 @@ class _Found:
                                                for i in bit_positions(down.reads)):
                 explained |= self._call(sources, position, examples, is_block)
         if is_block and not explained:
+            self.refused = refused
             return False
         self.seen |= {source.parameter for source in sources}
         self.used_elsewhere |= {source.parameter for position, source in enumerate(sources)
@@ -172,12 +173,14 @@ class _Found:
         read_twice = {tensor for tensor, count in readers.items() if count > 1}
         used = set(self.used_elsewhere)
         sizes = {parameter: self._weights(tensors_of(of_down)) for parameter, of_down in of_downs.items()}
-        for parameter in sorted(of_downs, key=lambda down: -sizes[down]):  # of a chain of projections the largest block
+        largest_first = sorted(of_downs, key=lambda down: (not is_repeated(self.model, down), -sizes[down]))
+        for parameter in largest_first:  # of a chain of projections each is in one block
             tensors = tensors_of(of_downs[parameter])
             if used & tensors or read_twice & tensors_of(of_downs[parameter], "out"):
                 self.refused[layer_of(parameter)] = ELSEWHERE, tensors
                 del of_downs[parameter]
-            used |= tensors
+            else:
+                used |= tensors
         routed = self._routed(of_downs)
         shared = shared_weights(self.model)
         sites = [replace(site, form=form_of(self.model, site, shared), is_routed=parameter in routed)
@@ -216,41 +219,52 @@ class _Found:
 
     def left_out(self, sites: Sequence[Site]) -> Iterator[LeftOut]:
         """What was refused, what no trace called, and stacks that are no site. It is a loss unless the sites of the
-        same layer hold more weights: a low-rank pair of an attention layer is none, beside a feed-forward block.
-        Attention that was never called is none, either, where the layer has a site."""
-        members = {member.tensor for site in sites for member in site.members}
+        same layer, or those that share its weights, hold more weights: a low-rank pair of an attention layer is none,
+        beside a feed-forward block. Attention that was never called is none, either, where the layer has a site."""
         for name, (reason, tensors) in self.refused.items():
             if is_repeated(self.model, f"{name}.weight"):
-                is_loss = self._weights(tensors) >= self._beside(name, members)
+                is_loss = self._weights(tensors) >= self._beside(name, sites, tensors)
                 yield LeftOut(name, reason, is_loss, tuple(sorted(tensors)))
-        never = sorted(self.never_called())
-        stacks = {name for name in never if len(self.shapes[name]) == 3}
-        for name in never:
-            layer = _layer(self.model, name)
-            reason = "never called by the dummy input (an idle expert or an unused tower)"
-            is_block = sum(other.startswith(layer) for other in never) > 1 or name in stacks
-            is_sliced = any(member.startswith(layer) for member in members)
-            yield LeftOut(layer_of(name), reason, is_block and not is_sliced, (name,))
+        yield from self._idle(tensors_of(sites))
         for name, module in self.model.named_modules():
             if isinstance(module, nn.modules.conv._ConvNd) and 1 < module.groups < module.out_channels \
                     and set(module.kernel_size) == {1} and is_repeated(self.model, f"{name}.weight"):
-                is_loss = module.weight.numel() > self._beside(f"{name}.weight", members)
+                is_loss = module.weight.numel() > self._beside(f"{name}.weight", sites)
                 yield LeftOut(name, "a convolution in groups of channels", is_loss, (f"{name}.weight",))
-        refused = {tensor for _, tensors in self.refused.values() for tensor in tensors}
-        for name in sorted(self.seen - members - refused):
-            owner, _, attribute = name.rpartition(".")
-            value = getattr(self.model.get_submodule(owner), attribute, None)
-            if isinstance(value, nn.Parameter) and _is_stack(self.model.get_submodule(owner), value):
-                reason = "a stack of weights of no known structure"
-                yield LeftOut(name, reason, value.numel() > self._beside(name, members), (name,))
+        yield from self._unknown_stacks(sites)
+
+    def _idle(self, members: Collection[str]) -> Iterator[LeftOut]:
+        """What no trace called."""
+        never = sorted(self.never_called())
+        for name in never:
+            layer = _layer(self.model, name)
+            reason = "never called by the dummy input (an idle expert or an unused tower)"
+            is_block = sum(other.startswith(layer) for other in never) > 1 or len(self.shapes[name]) == 3
+            is_sliced = any(member.startswith(layer) for member in members)
+            yield LeftOut(layer_of(name), reason, is_block and not is_sliced, (name,))
+
+    def _unknown_stacks(self, sites: Sequence[Site]) -> Iterator[LeftOut]:
+        """Stacks that were called and are in no block: a loss if they are half of their layer, as experts would be, and
+        one is larger than its sites. The projections of a state-space layer or of attention are less."""
+        known = tensors_of(sites).union(*(tensors for _, tensors in self.refused.values()))
+        stacks = [name for name in sorted(self.seen & self.shapes.keys() - known)
+                  if _is_stack(self.model.get_submodule(name.rpartition(".")[0]), self.model.get_parameter(name))]
+        for name in stacks:
+            layer = _layer(self.model, name, outermost=True)
+            of_stacks, of_all = (self._weights(other for other in names if other.startswith(layer))
+                                 for names in (stacks, self.shapes))
+            is_loss = 2 * of_stacks >= of_all and self._weights([name]) > self._beside(name, sites)
+            yield LeftOut(name, "a stack of weights of no known structure", is_loss, (name,))
 
     def _weights(self, tensors: Iterable[str]) -> int:
         return sum(math.prod(self.shapes[name]) for name in tensors)
 
-    def _beside(self, name: str, members: Collection[str]) -> int:
-        """Weights of the sites in the layer of `name`."""
+    def _beside(self, name: str, sites: Iterable[Site], tensors: Collection[str] = ()) -> int:
+        """Weights of the sites in the layer of `name`, and of those that hold any of the tensors."""
         layer = _layer(self.model, name, outermost=True)
-        return self._weights(member for member in members if member.startswith(layer))
+        beside = (own for own in (tensors_of([site]) for site in sites)
+                  if any(tensor in tensors or tensor.startswith(layer) for tensor in own))
+        return self._weights(set().union(*beside))
 
 
 def _list_of(model: nn.Module, name: str) -> str:

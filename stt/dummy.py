@@ -60,13 +60,15 @@ def _queries(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def _ids(model: nn.Module) -> Iterator[Tensor]:
-    """(2, TOKENS), each row ending in EOS."""
+    """(2, TOKENS), each row ending in EOS; or as many rows for each as there are codebooks."""
     text = model.config.get_text_config()
     vocabulary, eos = getattr(text, "vocab_size", None) or 2**16, getattr(text, "eos_token_id", None)
     ids = torch.arange(2 * TOKENS).view(2, TOKENS) % max(vocabulary - 4, 1) + 3
     if isinstance(eos, int) and 0 <= eos < vocabulary:
         ids[:, -1] = eos
     yield ids
+    if getattr(text, "num_codebooks", None):
+        yield ids.repeat_interleave(text.num_codebooks, dim=0)
 
 
 def _pictures(model: nn.Module) -> Iterator[Tensor]:

@@ -132,7 +132,7 @@ class WeightlessTrace(TorchFunctionMode):
             return value
         if id(value) not in self._leaves:
             if id(value) in self._parameters:
-                copy = self._positive(value)
+                copy = self._between(0.5, 1.5, value)
                 self.sources.append(Source(self._parameters[id(value)], copy, is_parameter=True))
             else:
                 copy = torch.ones_like(value, device="cpu") if value.is_meta else value.detach().to("cpu", copy=True)
@@ -140,10 +140,10 @@ class WeightlessTrace(TorchFunctionMode):
             self._leaves[id(value)] = copy
         return self._leaves[id(value)]
 
-    def _positive(self, value: Tensor) -> Tensor:
-        """A leaf of values in [0.5, 1.5], whatever the tensor itself holds: a model that is not loaded yet has the same
+    def _between(self, low: float, high: float, value: Tensor) -> Tensor:
+        """A leaf of such values in place of the tensor, whatever it holds: a model that is not loaded yet has the same
         sites."""
-        return (torch.rand(value.shape, generator=self._random) + 0.5).requires_grad_()
+        return (torch.rand(value.shape, generator=self._random) * (high - low) + low).requires_grad_()
 
     # ------------------------------------------------------------ answers
 
@@ -152,8 +152,7 @@ class WeightlessTrace(TorchFunctionMode):
         channel by itself is computed."""
         if product.kind == DEPTHWISE:
             args, kwargs = pytree.tree_map(self._real, (args, kwargs))
-            leaf = self._real(self._own[self._name_of(weight)])
-            next(source for source in self.sources if source.value is leaf).is_depthwise = True
+            self._convolve_lightly(self._own[self._name_of(weight)])
             return func(*args, **kwargs)
         name = self._name_of(weight)
         x = self._real(product.x)
@@ -162,6 +161,15 @@ class WeightlessTrace(TorchFunctionMode):
         source = self._leaf(name, shape, product.out_axis, layout)
         source.input, source.input_axis = x, product.x_axis
         return source.value.clone()  # models may add to it in place, which a leaf forbids
+
+    def _convolve_lightly(self, weight: Tensor) -> None:
+        """Marks a weight that convolves every channel by itself. Its values are as small as there are many, so that
+        what it returns is no larger than what it reads: a ReLU6 behind it would be flat."""
+        leaf = self._real(weight)
+        source = next(source for source in self.sources if source.value is leaf)
+        if not source.is_depthwise:
+            source.is_depthwise = True
+            leaf.data /= leaf[0].numel()
 
     def _on_meta(self, value: object) -> object:
         if not isinstance(value, Tensor):
@@ -186,19 +194,20 @@ class WeightlessTrace(TorchFunctionMode):
     def _batch_norm(self, x: Tensor, mean: Tensor | None, variance: Tensor | None, weight: Tensor | None = None,
                     bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
                     *_: object) -> Tensor:
-        """In evaluation mode, with the statistics as leaves: they belong to the channels as the weight does."""
+        """In evaluation mode, with the statistics as leaves: they belong to the channels as the weight does. What is
+        positive stays positive, and below 6."""
         x, weight, bias = (self._real(value) for value in (x, weight, bias))
         if mean is None or training:
             return F.batch_norm(x, None, None, weight, bias, True, momentum, eps)
-        mean, variance = (self._statistic(value) for value in (mean, variance))
+        mean, variance = self._statistic(mean, 0.0, 0.1), self._statistic(variance, 1.0, 2.0)
         shape = (-1, *[1] * (x.ndim - 2))
         x = (x - mean.view(shape)) * (variance.view(shape) + eps).rsqrt()
         x = x if weight is None else x * weight.view(shape)
         return x if bias is None else x + bias.view(shape)
 
-    def _statistic(self, buffer: Tensor) -> Tensor:
+    def _statistic(self, buffer: Tensor, low: float, high: float) -> Tensor:
         if id(buffer) not in self._leaves:
-            self._leaves[id(buffer)] = self._positive(buffer)
+            self._leaves[id(buffer)] = self._between(low, high, buffer)
             self.sources.append(Source(self._buffers[id(buffer)], self._leaves[id(buffer)], is_parameter=True))
         return self._leaves[id(buffer)]
 

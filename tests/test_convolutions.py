@@ -11,7 +11,7 @@ from stt.calibrate import calibrate
 from stt.sites import find_sites
 from tests.architectures.build import build
 
-TYPES = ("poolformer", "segformer", "pvt_v2", "swiftformer", "mobilevitv2")
+TYPES = ("mobilenet_v2", "poolformer", "segformer", "pvt_v2", "swiftformer", "mobilevitv2")
 
 
 def channels_last(module: nn.Module, value: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from stt import scores
 from stt.calibrate import calibrate
 from stt.errors import InputError
 from stt.sites import find_sites
+from tests.architectures.build import build
 
 
 def up_first(x: Tensor, fused: nn.Linear) -> Tensor:
@@ -235,3 +236,48 @@ def test_small_side_blocks_are_left_out_by_name() -> None:
     assert list(sites) == ["layers.0.linears", "layers.1.linears"]
     assert [(entry.name, entry.reason) for entry in sites.left_out] == \
         [(f"layers.{i}.adapter", "a small side block") for i in (0, 1)]
+
+
+class WithStack(tiny.Block):
+    """A feed-forward block, and beside it a stack of matrices that is multiplied entry by entry."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__(ONE + DOWN, lambda x, a: F.gelu(a(x)))
+        self.stack = nn.Parameter(torch.randn(experts, HIDDEN, HIDDEN))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + (x[..., None, :, None] * self.stack).sum(-2).mean(-2)
+
+
+@pytest.mark.parametrize(("experts", "is_loss"), [(2, False), (4, True)])
+def test_a_stack_of_no_known_structure_is_a_loss_if_it_is_most_of_its_layer(experts: int, is_loss: bool) -> None:
+    sites = find_sites(tiny.Toy(lambda: WithStack(experts)))
+    assert len(sites) == 2
+    assert [(entry.reason, entry.is_loss) for entry in sites.left_out] == \
+        [("a stack of weights of no known structure", is_loss)] * 2
+
+
+def test_a_block_that_shows_nothing_by_itself_leaves_no_reason_behind() -> None:
+    """Nothing can be made up for the whole model, and of its attention alone rows of no batch make no sense."""
+    sites = find_sites(build("siglip2").model)
+    assert [name.rpartition(".")[2] for name in sites] == ["mlp", "mlp"]
+    assert not sites.left_out
+
+
+def test_rows_for_every_codebook_are_made_up() -> None:
+    """So nothing of it was looked at by itself: its heads are called."""
+    assert not find_sites(build("musicgen_melody").model).left_out
+
+
+def test_what_follows_a_shared_block_is_no_loss() -> None:
+    """A projection of what the block returns, in the layer that calls it again."""
+    sites = find_sites(build("zamba").model)
+    assert not sites.lost
+    assert "model.layers.3.linear" in {entry.name for entry in sites.left_out}
+
+
+def test_of_a_chain_every_other_projection_is_in_a_block() -> None:
+    """Convolutions of one pixel with a depthwise one and a ReLU6 between each two."""
+    sites = find_sites(build("mobilenet_v1").model)
+    used = [member.tensor for site in sites.values() for member in site.members]
+    assert len(used) == len(set(used)) == 12  # of 13

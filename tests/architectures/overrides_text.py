@@ -46,6 +46,7 @@ TEXT: dict[str, dict[str, Value]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2},
     "inkling_text": DENSE_FIRST,
+    "inkling2_text": {"rel_extent": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "block_auto_adjust_ff_dim": False},
     "layoutlmv3": {"coordinate_size": 6, "shape_size": 4, "input_size": 16},
