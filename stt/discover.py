@@ -209,12 +209,12 @@ class _Found:
         return not any(parameter.startswith(name + ".") for parameter in self.seen)
 
     def never_called(self) -> Iterator[str]:
-        """Weights of repeated layers that no trace has used."""
+        """Weights that no trace has used."""
         for module in self.model.modules():
             for parameter, value in module.named_parameters(recurse=False):
                 full = self.names[id(value)]
                 is_weight = isinstance(module, LAYERS) and parameter == "weight" or _is_stack(module, value)
-                if is_weight and full not in self.seen and is_repeated(self.model, full):
+                if is_weight and full not in self.seen:
                     yield full
 
     def left_out(self, sites: Sequence[Site]) -> Iterator[LeftOut]:
@@ -241,7 +241,8 @@ class _Found:
             reason = "never called by the dummy input (an idle expert or an unused tower)"
             is_block = sum(other.startswith(layer) for other in never) > 1 or len(self.shapes[name]) == 3
             is_sliced = any(member.startswith(layer) for member in members)
-            yield LeftOut(layer_of(name), reason, is_block and not is_sliced, (name,))
+            is_loss = is_repeated(self.model, name) and is_block and not is_sliced
+            yield LeftOut(layer_of(name), reason, is_loss, (name,))
 
     def _unknown_stacks(self, sites: Sequence[Site]) -> Iterator[LeftOut]:
         """Stacks that were called and are in no block: a loss if they are half of their layer, as experts would be, and
@@ -295,8 +296,8 @@ def _is_stack(module: nn.Module, value: Tensor) -> bool:
 
 def _main_families(model: nn.Module, sites: list[Site],
                    refused: Iterable[set[str]]) -> tuple[list[Site], list[LeftOut]]:
-    """Of every layer the largest block (a stack of experts counts whole), those at least a quarter as large, and what
-    stands beside a stack of experts; the rest is named. A refused block counts, too."""
+    """Of every layer the blocks that are at least a quarter as large as the largest, where of a stack only one
+    expert counts; the rest is named. A refused block counts, too."""
     parameters = dict(model.named_parameters())
     repeated = [site for site in sites if is_repeated(model, site.members[-1].tensor)]
     layers: dict[str, list[Site]] = defaultdict(list)
@@ -306,14 +307,16 @@ def _main_families(model: nn.Module, sites: list[Site],
     def size(tensors: Iterable[str]) -> int:
         return sum(parameters[name].numel() for name in tensors)
 
+    def of_one(site: Site) -> float:
+        whole = ((member, parameters[member.tensor]) for member in site.members)
+        return sum(value.numel() * member.channels.numel() / value.shape[member.axis]
+                   / (1 if member.expert is None else len(value)) for member, value in whole)
+
     main = set()
     for layer, of_layer in layers.items():
-        largest = max(of_layer, key=lambda site: size(tensors_of([site])))
-        beside = [tensors for tensors in refused if min(tensors).startswith(layer)]
-        limit = max(map(size, (tensors_of([largest]), *beside))) / 4
-        block = largest.down_module.rpartition(".")[0] + "."
-        main |= {site.name for site in of_layer if size(tensors_of([site])) >= limit
-                 or (largest.form == "experts" and site.name.startswith(block))}
+        beside = (size(tensors) for tensors in refused if min(tensors).startswith(layer))
+        limit = max(*map(of_one, of_layer), *beside, 0) / 4
+        main |= {site.name for site in of_layer if size(tensors_of([site])) >= limit}
     side = [LeftOut(site.name, "a small side block" if site in repeated else "outside the repeated layers", False,
                     tuple(sorted(tensors_of([site])))) for site in sites if site.name not in main]
     return [site for site in repeated if site.name in main], side

@@ -261,7 +261,8 @@ def test_a_block_that_shows_nothing_by_itself_leaves_no_reason_behind() -> None:
     """Nothing can be made up for the whole model, and of its attention alone rows of no batch make no sense."""
     sites = find_sites(build("siglip2").model)
     assert [name.rpartition(".")[2] for name in sites] == ["mlp", "mlp"]
-    assert not sites.left_out
+    assert not sites.lost
+    assert not [entry.name for entry in sites.left_out if "attn" in entry.name]
 
 
 def test_rows_for_every_codebook_are_made_up() -> None:
@@ -281,3 +282,18 @@ def test_of_a_chain_every_other_projection_is_in_a_block() -> None:
     sites = find_sites(build("mobilenet_v1").model)
     used = [member.tensor for site in sites.values() for member in site.members]
     assert len(used) == len(set(used)) == 12  # of 13
+
+
+def test_a_dense_block_beside_experts_is_no_side_block() -> None:
+    """Neither is a stack of experts, each of which is small beside a dense block; a router's own block is one."""
+    sites = find_sites(build("longcat_flash").model)
+    assert [name.removeprefix("model.layers.0.") for name in sites if ".0." in name[:15]] == \
+        [*(f"mlp.experts.{expert}" for expert in range(4)), "mlps.0", "mlps.1"]
+    left_out = find_sites(build("zaya").model).left_out
+    assert {entry.reason for entry in left_out if entry.name.endswith("router_mlp")} == {"a small side block"}
+
+
+def test_a_block_outside_the_layers_that_was_not_called_is_named() -> None:
+    left_out = find_sites(build("voxtral").model).left_out
+    assert [(entry.name, entry.reason, entry.is_loss) for entry in left_out] == \
+        [("model.multi_modal_projector", "outside the repeated layers", False)]

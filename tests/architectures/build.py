@@ -12,17 +12,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .inputs import batch_for
-from .overrides import NOT_BUILDABLE, NOT_RUN, NOT_WIDTHS, OVERRIDES
+from .overrides import CODED_WIDTHS, NOT_BUILDABLE, NOT_RUN, NOT_WIDTHS, OVERRIDES
 from .rules import Numbers, tiny_config
 from .types import config_class, model_class
 
+EXPERT_OF_WORD = "tid2eid"  # a table of DeepSeek V4: not drawn, all words would go to expert 0
+GAIN = 1.4  # of convolutions: what stands between two of them, as a ReLU6, makes activations smaller
 STATISTICS = ("running_mean", "running_var", "e_score_correction_bias")
 
 
 @dataclass(frozen=True)
 class Built:
     """A model in evaluation mode, a batch for its forward, and the configuration entries that are feed-forward widths
-    with their values; `not_run` names the towers the batch does not execute."""
+    with their values (those that the code makes, by number); `not_run` names the towers the batch does not execute."""
 
     model: PreTrainedModel
     inputs: dict[str, object]
@@ -48,6 +50,7 @@ def build(model_type: str, dtype: torch.dtype = torch.float32) -> Built:
     if dtype != torch.float32 and model.config._experts_implementation == "grouped_mm":
         with_experts(model, "eager")
     widths = {key: width for key, width in numbers.widths.items() if key not in NOT_WIDTHS.get(model_type, ())}
+    widths |= {f"coded.{place}": width for place, width in enumerate(CODED_WIDTHS.get(model_type, ()))}
     return Built(model, _cast(inputs, dtype), widths, NOT_RUN.get(model_type, ()))
 
 
@@ -68,16 +71,24 @@ def with_experts(model: PreTrainedModel, implementation: str) -> PreTrainedModel
 
 
 def randomised(model: nn.Module) -> nn.Module:
-    """Weights as wide as keeps activations near 1; norm weights near what they were; nothing is zero. Sinusoidal
-    position tables stay: they are computed, not loaded."""
-    convolutions = {module.weight for module in model.modules() if isinstance(module, nn.modules.conv._ConvNd)}
+    """Weights as wide as keeps activations near 1; norm weights near what they were, of batch norms near 1 (some start
+    at 0, and hide what stands before them); nothing is zero. Sinusoidal position tables stay: they are computed, not
+    loaded."""
+    convolutions, norms = ({module.weight for module in model.modules() if isinstance(module, kind)}
+                           for kind in (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm))
     for name, parameter in model.named_parameters():
         if "embed_positions" in name and not parameter.requires_grad:
             continue
         noise = torch.randn_like(parameter)
-        fan_in = parameter[0].numel() if parameter in convolutions else parameter.shape[-1] if parameter.ndim else 1
-        parameter.copy_(noise * fan_in ** -0.5 if parameter.ndim > 1 else parameter + 0.2 * noise)
+        if parameter in convolutions:
+            parameter.copy_(noise * GAIN * parameter[0].numel() ** -0.5)
+        elif parameter.ndim > 1:
+            parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+        else:
+            parameter.copy_((1.0 if parameter in norms else parameter) + 0.2 * noise)
     for name, buffer in model.named_buffers():
         if name.endswith(STATISTICS):
             buffer.copy_(0.5 + torch.rand_like(buffer) if name.endswith("var") else 0.2 * torch.randn_like(buffer))
+        elif name.endswith(EXPERT_OF_WORD):
+            buffer.random_(model.config.n_routed_experts)
     return model

@@ -115,6 +115,8 @@ MAIN: dict[str, Callable[[PreTrainedConfig], Batch]] = {
     "input_features": spectrograms,
 }
 SPECIAL: dict[str, Callable[[PreTrainedConfig], Batch]] = {
+    **dict.fromkeys(("afmoe", "bailing_hybrid", "deepseek_v4", "dots3_note", "dots3_note_text", "glm4_moe",
+                     "longcat_flash", "solar_open"), lambda config: text(48)),  # enough for all experts
     "audio-spectrogram-transformer": lambda config: {"input_values": torch.randn(BATCH, config.max_length,
                                                                                  config.num_mel_bins)},
     "gemma4_unified_assistant": assistant,

@@ -4,7 +4,7 @@ from __future__ import annotations
 from .overrides_text import TEXT
 from .overrides_towers import TOWERS
 from .overrides_vision import VISION
-from .rules import Value
+from .rules import HIDDEN, Value
 
 NOT_BUILDABLE: dict[str, str] = {
     "timm_wrapper": "needs the package timm",
@@ -30,6 +30,12 @@ NOT_WIDTHS: dict[str, tuple[str, ...]] = {  # entries that are named like a widt
     "siglip": ("text_config.intermediate_size",),
     "siglip2": ("text_config.intermediate_size",),
 }
+CODED_WIDTHS: dict[str, tuple[int, ...]] = {  # that the model's own code makes of other entries
+    **dict.fromkeys(("bloom", "flaubert", "mpt", "openai-gpt", "xlm"), (4 * HIDDEN,)),
+    "convnext": (4 * 12, 4 * 20),
+    "dinov3_convnext": (4 * 12, 4 * 20, 4 * 28, 4 * 36),
+    "mobilevitv2": (7 * 16, 7 * 24 // 16 * 16, 7 * 32),
+}
 NOT_RUN: dict[str, tuple[str, ...]] = {  # modules the model's own forward never calls
     "kyutai_speech_to_text": ("codec_model",),
     "nemo_speechlm": ("model.word_timestamp_encoder",),
@@ -44,4 +50,8 @@ NO_EFFECT: dict[str, tuple[str, ...]] = {  # modules that run, and whose small c
     "phi4_multimodal": ("model.embed_tokens_extend.image_embed.img_processor.head",),
     "siglip": ("vision_model.head",),
     "siglip2": ("vision_model.head",),
+}
+IDLE: dict[str, tuple[str, ...]] = {  # experts that no token of the batch is sent to
+    "mistral4": ("model.layers.1.mlp.experts.2",),
+    "zaya": ("model.layers.1.mlp.experts.3",),
 }

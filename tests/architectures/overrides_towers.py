@@ -49,7 +49,7 @@ TOWERS: dict[str, dict[str, Value]] = {
     "moonshine_streaming": {"num_key_value_heads": 4},
     "moss_transcribe_diarize": {"audio_merge_size": 4},
     "nemo_speechlm": {  # its fused projections are cut in three equal parts when loaded
-        "text_config.n_groups": 2, "audio_config.asr_config.num_key_value_heads": 4,
+        "text_config.n_groups": 4, "audio_config.asr_config.num_key_value_heads": 4,
         "audio_config.diarization_config.audio_config.num_key_value_heads": 4,
         "word_timestamp_config.num_key_value_heads": 4},
     "phi4_multimodal": {"vision_config.crop_size": 16, "vision_config.feature_layer": -1,

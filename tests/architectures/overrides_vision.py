@@ -9,7 +9,7 @@ PYRAMID: dict[str, Value] = {
 }
 SWIN: dict[str, Value] = {"depths": (2, 1), "num_heads": (2, 4), "window_size": 2, "image_size": 32}
 RESIDUAL: dict[str, Value] = {"embedding_size": 8, "hidden_sizes": (16, 32), "depths": (1, 1)}
-CONVNEXT: dict[str, Value] = {"hidden_sizes": (16, 24), "depths": (1, 1), "num_stages": 2, "image_size": 32}
+CONVNEXT: dict[str, Value] = {"hidden_sizes": (12, 20), "depths": (1, 1), "num_stages": 2, "image_size": 32}
 LCNET: list[Value] = [[[3, 16, 24, 1, False]], [[3, 24, 24, 1, False]], [[3, 24, 40, 2, True]],
                       [[5, 40, 40, 1, False]], [[5, 40, 48, 1, True]]]
 
@@ -19,7 +19,7 @@ VISION: dict[str, dict[str, Value]] = {
     "convnextv2": CONVNEXT,
     "cvt": {"embed_dim": (16, 32, 48), "num_heads": (1, 2, 4), "depth": (1, 2, 3),
             "mlp_ratio": Ratios((16, 32, 48))},
-    "dinov3_convnext": {"hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 1, 1], "image_size": 32},
+    "dinov3_convnext": {"hidden_sizes": [12, 20, 28, 36], "depths": [1, 1, 1, 1], "image_size": 32},
     "donut-swin": SWIN,
     "efficientnet": {"kernel_sizes": (3, 5), "in_channels": (32, 16), "out_channels": (16, 24), "strides": (1, 2),
                      "num_block_repeats": (1, 2), "expand_ratios": (1, 6), "depth_coefficient": 1.0,
@@ -35,15 +35,15 @@ VISION: dict[str, dict[str, Value]] = {
     "hiera": {"image_size": (32, 32), "depths": (1, 1), "num_heads": (2, 4), "num_query_pool": 1,
               "masked_unit_size": (4, 4), "masked_unit_attention": (True, False)},
     "levit": {"hidden_sizes": (16, 24, 40), "num_attention_heads": (2, 2, 4), "depths": (1, 1, 1), "key_dim": (8, 8, 8),
-              "mlp_ratio": Ratios((16, 24, 40), (7, 6, 3)), "patch_size": 16, "image_size": 64},
+              "mlp_ratio": Ratios((16, 24, 40), (7, 6, 5)), "patch_size": 16, "image_size": 64},
     "lw_detr_vit": {"pretrain_image_size": 16, "num_windows": 4, "window_block_indices": (0,)},
     "maskformer-swin": SWIN,
     "mobilenet_v1": {"depth_multiplier": 0.125, "image_size": 32},
     "mobilenet_v2": {"depth_multiplier": 0.125, "image_size": 32},
     "mobilevit": {"hidden_sizes": (16, 24, 32), "neck_hidden_sizes": (8, 8, 16, 16, 24, 32, 40), "patch_size": 2,
                   "image_size": 128},
-    "mobilevitv2": {"n_attn_blocks": (1, 1, 1), "base_attn_unit_dims": (16, 24, 32), "width_multiplier": 0.25,
-                    "patch_size": 2, "image_size": 64},
+    "mobilevitv2": {"n_attn_blocks": (1, 1, 1), "base_attn_unit_dims": (64, 96, 128), "width_multiplier": 0.25,
+                    "ffn_multiplier": 7, "patch_size": 2, "image_size": 64},
     "poolformer": {"num_encoder_blocks": 2, "depths": (1, 1), "hidden_sizes": (32, 64), "patch_sizes": (7, 3),
                    "strides": (4, 2), "padding": (2, 1), "image_size": 32},
     "pp_lcnet": {"block_configs": LCNET, "class_expand": 56},
