@@ -1,28 +1,38 @@
-"""What slicing attention does to one model type. The oracle is the dense model whose output projections have zeros
-where they would read a removed unit."""
+"""What slicing attention does to every model type. The oracle is the dense model whose output projections have zeros
+where they would read a removed unit.
+
+    python -m tests.attention --out docs/attention.md        the table of all types; --types bert,gpt2 prints these
+"""
 from __future__ import annotations
 
+import argparse
 import copy
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+import transformers
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import stt
 from stt.errors import InputError
 from stt.heads import discover_heads, find_heads
 from stt.sites import Site, Sites
+from tests import attention_page
 from tests.architectures.build import Built, build
-from tests.architectures.matrix import difference
-from tests.architectures.overrides import NOT_BUILDABLE
-from tests.architectures.types import model_types
+from tests.architectures.expected import NOT_RELOADED
+from tests.architectures.matrix import EXACT, FAILURES, difference, run
+from tests.architectures.overrides import NO_EFFECT, NOT_BUILDABLE, NOT_RUN
+from tests.architectures.types import class_name, model_types
 from tests.attending import silent
-from tests.tiny import outputs
+
+VISIBLE = 1e-4  # what masking a site must change at least
 
 
 @dataclass
@@ -30,57 +40,83 @@ class Row:
     """One type; errors are relative to the largest output (at least 1), None where it did not get that far."""
 
     model_type: str
+    model_class: str
     units: list[int] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)
     heads: list[int] = field(default_factory=list)  # query heads of a unit
-    left_out: list[str] = field(default_factory=list)  # reasons
-    effect: float | None = None  # of masking the removed units
+    left_out: list[str] = field(default_factory=list)  # reasons, one for each
+    effect: float | None = None  # of masking one site's removed units: the smallest over the sites that show any
+    no_effect: list[str] = field(default_factory=list)  # sites whose mask has none
     whole: float | None = None  # error with all units kept
     sliced: float | None = None  # error with random units kept, another number in every other layer
     reloaded: float | None = None  # error of the checkpoint, loaded again
     silent: list[str] = field(default_factory=list)  # modules that attend, are no site and are not named
     reason: str = ""  # why nothing is sliced
-
-    def __str__(self) -> str:
-        errors = (self.effect, self.whole, self.sliced, self.reloaded)
-        errors = "" if self.sliced is None else " ".join(f"{error:.1e}" for error in errors)
-        sizes = "+".join(map(str, self.units)) + " of " + "+".join(map(str, self.heads)) if self.units else "-"
-        silent = [f"SILENT: {name}" for name in self.silent]
-        reasons = "; ".join(sorted({reason for reason in (self.reason, *self.left_out, *silent) if reason}))
-        return f"{self.model_type:14} {sizes:28} {errors:32} {reasons}"
+    error: str = ""  # what was raised, and ended the row
 
 
 def measured(model_type: str) -> Row:
     """The row of one type."""
-    built, row = build(model_type), Row(model_type)
+    row = Row(model_type, class_name(model_type))
+    try:
+        _measure(row)
+    except FAILURES as error:
+        first, *_ = [*str(error).strip().splitlines(), ""]
+        row.error = f"ERROR: {type(error).__name__}: {first}"
+    return row
+
+
+def _measure(row: Row) -> None:
+    built = build(row.model_type)
     try:
         sites = find_heads(built.model)
+        left_out = sites.left_out
     except InputError as error:
-        row.reason = str(error)
-        row.silent = silent(built, {tensor for entry in discover_heads(built.model)[1] for tensor in entry.tensors})
-        return row
+        sites, row.reason = {}, str(error)
+        left_out = discover_heads(built.model)[1]
+    row.left_out = [entry.reason for entry in left_out]
+    row.silent = silent(built, {member.tensor for site in sites.values() for member in site.members}.union(
+        *(entry.tensors for entry in left_out)))
+    if sites:
+        _cut(row, built, sites)
+
+
+def _cut(row: Row, built: Built, sites: Sites) -> None:
     row.units = [site.width for site in sites.values()]
     row.heads = [site.heads for site in sites.values()]
-    row.left_out = [f"{entry.name}: {entry.reason}" for entry in sites.left_out]
-    row.silent = silent(built, {member.tensor for site in sites.values() for member in site.members}.union(
-        *(entry.tensors for entry in sites.left_out)))
     units = random_units(sites)
     row.kept = [len(ids) for ids in units.values()]
+    dense = run(built, built.model)
+    effects = {name: difference(run(built, masked(built.model, sites, {name: kept})), dense)
+               for name, kept in units.items()}
+    row.effect = min((effect for effect in effects.values() if effect), default=None)
+    row.no_effect = [name for name, effect in effects.items() if not effect]
     everything = {name: torch.arange(site.width) for name, site in sites.items()}
-    try:
-        whole = stt.apply(copy.deepcopy(built.model), everything)
-        sliced = stt.apply(copy.deepcopy(built.model), units)
-    except InputError as error:
-        row.reason = str(error)
-        return row
-    expected = run(built, masked(built.model, sites, units))
-    row.effect = difference(run(built, built.model), expected)
-    row.whole = difference(run(built, whole), run(built, built.model))
-    row.sliced = difference(run(built, sliced), expected)
+    row.whole = difference(run(built, stt.apply(copy.deepcopy(built.model), everything)), dense)
+    sliced = stt.apply(copy.deepcopy(built.model), units)
+    row.sliced = difference(run(built, sliced), run(built, masked(built.model, sites, units)))
     with TemporaryDirectory() as folder:
         stt.save(sliced, folder)
         row.reloaded = difference(run(built, stt.load(folder)), run(built, sliced))
-    return row
+
+
+def failures(row: Row) -> list[str]:
+    """What is wrong with a row, a sentence each."""
+    stated = (*NOT_RUN.get(row.model_type, ()), *NO_EFFECT.get(row.model_type, ()))
+    wrong = [row.error] if row.error else []
+    wrong += [f"{name} attends, and is neither cut nor named" for name in row.silent]
+    wrong += [f"masking {name} changes nothing" for name in row.no_effect if not name.startswith(stated)]
+    if not row.units or row.error:
+        return wrong
+    is_reloaded = row.reloaded <= EXACT
+    return wrong + [sentence for is_wrong, sentence in (
+        (row.effect is not None and not row.effect > max(VISIBLE, 100 * row.sliced), f"masking a site changes only {row.effect}"),
+        (row.whole != 0, f"with all units kept it differs by {row.whole:.1e}"),
+        (not row.sliced <= EXACT, f"sliced it differs by {row.sliced:.1e}"),
+        (is_reloaded == (row.model_type in NOT_RELOADED), f"reloaded it differs by {row.reloaded:.1e}")) if is_wrong]
+
+
+VISIBLE = 1e-4  # what masking a site must change at least
 
 
 def random_units(sites: Sites, seed: int = 0) -> dict[str, Tensor]:
@@ -110,18 +146,31 @@ def columns(site: Site, kept: Tensor) -> Tensor:
                          for i in range(width)])
 
 
-def run(built: Built, model: PreTrainedModel) -> list[Tensor]:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        return outputs(model, built.inputs)
+def main(arguments: list[str] | None = None) -> int:
+    """Prints or writes the table; 1 if anything is wrong with a type, and what, on the standard error."""
+    parser = argparse.ArgumentParser(prog="python -m tests.attention", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", metavar="FILE", type=Path, help="write the page here instead of printing it")
+    parser.add_argument("--types", help="only these model types, separated by commas")
+    chosen = parser.parse_args(arguments)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    names: Iterable[str] = chosen.types.split(",") if chosen.types else buildable()
+    rows = [measured(name) for name in tqdm(names, file=sys.stderr)]
+    page = attention_page.markdown(rows)
+    if chosen.out:
+        chosen.out.write_text(page, encoding="utf-8")
+    else:
+        print(page)
+    wrong = [f"{row.model_type}: {sentence}" for row in rows for sentence in failures(row)]
+    print("\n".join(wrong), file=sys.stderr)
+    return int(bool(wrong))
 
 
-def main(chosen: Sequence[str]) -> None:
-    """Print the rows of the chosen types, or of all: type, units of every site, query heads of a unit, the effect of
-    the mask, the errors (all units kept, sliced, reloaded), what is left out and why, and what attends SILENTly."""
-    for model_type in chosen or [name for name in model_types() if name not in NOT_BUILDABLE]:
-        print(measured(model_type), flush=True)
+def buildable() -> list[str]:
+    """The model types that can be built here."""
+    return [name for name in model_types() if name not in NOT_BUILDABLE]
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main())

@@ -18,9 +18,9 @@ from stt.heads import find_heads
 from stt.selecting import HEADS, measure
 from stt.sites import find_sites
 from tests.architectures.build import build
-from tests.architectures.matrix import difference
+from tests.architectures.matrix import difference, run
 from tests.architectures.matrix import masked as with_masked_neurons
-from tests.attention import masked, run
+from tests.attention import masked
 
 IDS = torch.tensor([[5, 9, 33, 7, 8], [4, 20, 0, 0, 0]])
 BATCH = {"input_ids": IDS, "attention_mask": (IDS != 0).long()}

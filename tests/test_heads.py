@@ -3,6 +3,7 @@ reason."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import re
 from collections.abc import Callable
@@ -21,9 +22,10 @@ from stt.heads import find_heads
 from stt.sites import find_sites
 from tests import tiny
 from tests.architectures.build import build, randomised
-from tests.architectures.matrix import difference
+from tests.architectures.matrix import difference, run
 from tests.architectures.matrix import masked as with_masked_neurons
-from tests.attention import masked, measured, random_units, run
+from tests.attention import Row, buildable, failures, masked, measured, random_units
+from tests.attention_page import committed, sizes, why
 from tests.test_architectures import USED
 
 REFUSED = {"convnext": "nothing in it attends", "deepseek_v3": "a latent", "longformer": "was not executed",
@@ -48,11 +50,7 @@ TOLERANCE = 1e-5
 def test_sliced_is_masked_and_reloads(model_type: str) -> None:
     row = measured(model_type)
     assert not row.reason
-    assert not row.silent
-    assert row.effect > 1e-4
-    assert row.whole == 0.0
-    assert row.sliced <= TOLERANCE
-    assert row.reloaded <= TOLERANCE
+    assert not failures(row)
     assert all(0 < kept < units for kept, units in zip(row.kept, row.units, strict=True))
     if model_type not in ONLY_TWO and len(row.kept) > 1:
         assert len(set(row.kept)) > 1
@@ -63,6 +61,28 @@ def test_refused_with_the_reason(model_type: str, reason: str) -> None:
     row = measured(model_type)
     assert re.search(f"no attention site in .*{reason}", row.reason)
     assert not row.silent
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("model_type", buildable())
+def test_every_type_is_as_the_table_says(model_type: str) -> None:
+    """docs/attention.md, which `python -m tests.attention --out docs/attention.md` writes again."""
+    row = measured(model_type)
+    assert not failures(row)
+    assert (sizes(row), why(row)) == committed()[model_type]
+
+
+GOOD = Row("bert", "BertForMaskedLM", [4], [2], [1], effect=0.5, whole=0.0, sliced=1e-7, reloaded=1e-7)
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"error": "ERROR: TypeError: no"}, "ERROR"), ({"silent": ["layer.0"]}, "layer.0 attends, and is neither"),
+    ({"no_effect": ["layer.0"]}, "masking layer.0 changes nothing"), ({"effect": 1e-6}, "masking a site changes only"),
+    ({"whole": 1e-7}, "with all units kept"), ({"sliced": 1e-4}, "sliced it differs"),
+    ({"reloaded": 1e-4}, "reloaded it differs"), ({"model_type": "pixio"}, "reloaded it differs")])
+def test_every_fault_of_a_row_is_one(change: dict[str, object], said: str) -> None:
+    assert not failures(GOOD)
+    assert [sentence.startswith(said) for sentence in failures(dataclasses.replace(GOOD, **change))] == [True]
 
 
 @pytest.mark.parametrize(("model_type", "reason"), LEFT_OUT.items())

@@ -209,6 +209,26 @@ def test_the_padding_of_an_export(width: str, tmp_path: Path, caplog: pytest.Log
         in caplog.text
 
 
+@pytest.mark.parametrize(("width", "most"), [("uniform", 1.02), ("free", 1.5)])
+def test_the_padding_of_a_real_selection(width: str, most: float, tmp_path: Path) -> None:
+    """The shipped model on the shipped stories: the plain folder is next to as large as what is kept, or is not."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(SHIPPED), AutoTokenizer.from_pretrained(SHIPPED)
+    rows = json.loads((CHECKOUT / "datasets" / "clutrr" / "train.json").read_text(encoding="utf-8"))
+    stories = [row["clean_story"] for row in rows[:32]]
+    stt.apply(model, stt.select(model, stories, tokenizer, topk_ratio=0.2, width=width))
+    stt.save(model, tmp_path / "sliced", tokenizer)
+    assert verbs.main(["export", str(tmp_path / "sliced"), "--out", str(tmp_path / "hf")]) == 0
+    sizes = [sum(file.stat().st_size for file in (tmp_path / name).glob("*.safetensors")) for name in ("sliced", "hf")]
+    assert sizes[0] < (SHIPPED / "model.safetensors").stat().st_size
+    assert (sizes[1] <= 1.02 * sizes[0]) == (width == "uniform")
+    assert sizes[1] <= most * sizes[0]
+    ids = tokenizer(stories[0], return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = model.eval()(ids).logits
+        torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "hf")(ids).logits, expected, rtol=0,
+                                   atol=1e-4)
+
+
 @pytest.mark.parametrize(("runtime", "tp", "multiple"), [(None, 1, 1), ("vllm", 1, 8), ("vllm", 4, 32),
                                                          ("awq", 1, 128), ("awq", 2, 256), ("gguf", 1, 256)])
 def test_what_a_runtime_needs(runtime: str | None, tp: int, multiple: int) -> None:

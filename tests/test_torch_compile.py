@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 import tiny
 import torch
+from tiny_text import build_decoder
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -93,6 +94,21 @@ def test_layers_of_one_width_share_what_is_compiled(with_gradients: bool) -> Non
         with torch.set_grad_enabled(with_gradients):
             assert_equal(tiny.outputs(model, batch), expected)
         assert counter.frame_count == compilations
+
+
+@pytest.mark.parametrize(("width", "shapes"), [("free", 4), ("buckets:1", 1), ("buckets:3", 3)])
+def test_buckets_are_as_many_shapes_as_asked_for(width: str, shapes: int) -> None:
+    """Compiled layer by layer: as often as there are widths. Of a free selection every layer has one of its own."""
+    model, counter = build_decoder(60, 4), CompileCounter()
+    ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(1))
+    counts = dict(zip(find_sites(model), (9, 40, 21, 22), strict=True))
+    stt.apply(model, stt.select(model, [ids], keep=counts, width=width))
+    with torch.no_grad():
+        expected = tiny.outputs(model, {"input_ids": ids})
+        for layer in model.model.layers:
+            layer.compile(fullgraph=True, dynamic=False, backend=counter)
+        assert_equal(tiny.outputs(model, {"input_ids": ids}), expected, 1e-6)
+    assert counter.frame_count == shapes
 
 
 def test_modes_may_change_after_compiling() -> None:

@@ -6,10 +6,11 @@ import copy
 import random
 import re
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -17,15 +18,19 @@ from transformers.pytorch_utils import Conv1D
 import stt
 from stt.errors import InputError
 from stt.export import export_hf
-from stt.sites import Sites, find_sites, is_repeated
+from stt.sites import Sites, find_sites
 from tests.tiny import outputs
 
 from .build import Built, build
+from .coverage import Coverage, coverage
 from .overrides import NOT_BUILDABLE
 from .types import class_name
 from .worker import Worker
 
 Units = dict[str, Tensor]
+EXACT = 1e-5
+FAILURES = (LookupError, ImportError, TypeError, ValueError, RuntimeError, AttributeError, AssertionError,
+            ArithmeticError, OSError, EOFError, StrictDataclassError)  # of one type; the others go on
 
 
 @dataclass
@@ -37,13 +42,16 @@ class Row:
     blocks: int | None = None
     kinds: str = ""
     left_out: int | None = None  # blocks that look like a feed-forward block and are not sliced
-    effect: float | None = None  # of masking the removed neurons
+    coverage: Coverage | None = None
+    effect: float | None = None  # of masking one site's removed neurons: the smallest over the sites that have any
+    silent: tuple[str, ...] = ()  # sites whose mask has none
     whole: float | None = None  # error with all neurons kept
+    tolerance: float = 0.0  # of that error
     sliced: float | None = None  # error with random neurons kept, another number in every block
     reloaded: float | None = None  # error of the checkpoint, loaded again
     exported: float | None = None  # error of the plain folder, loaded where this library is not there
-    uncovered: tuple[str, ...] = field(default=())  # parameters of feed-forward width that no site and no reason names
     reason: str = ""  # why not, in one sentence
+    error: str = ""  # what was raised, and ended the row
 
 
 def measured(model_type: str, worker: Worker, folder: Path) -> Row:
@@ -52,38 +60,57 @@ def measured(model_type: str, worker: Worker, folder: Path) -> Row:
     if model_type in NOT_BUILDABLE:
         row.reason = f"not built here: {NOT_BUILDABLE[model_type]}"
         return row
-    built = build(model_type)
+    try:
+        _measure(row, worker, folder)
+    except FAILURES as error:
+        first, *_ = [*str(error).strip().splitlines(), ""]
+        row.error = f"ERROR: {type(error).__name__}: {first}"
+    return row
+
+
+def _measure(row: Row, worker: Worker, folder: Path) -> None:
+    built = build(row.model_type)
     try:
         sites = find_sites(built.model)
     except InputError as error:
         row.blocks, row.reason = 0, _reason(error)
-        return row
+        return
     row.blocks, row.left_out = len(sites), len(sites.lost)
     row.kinds = " ".join(sorted({site.kind if site.form == "linear" else f"{site.form}:{site.kind}"
                                  for site in sites.values()}))
-    row.uncovered = tuple(uncovered(built, sites))
+    row.reason = "; ".join(dict.fromkeys(f"{entry.name}: {entry.reason}" for entry in sites.lost))
     units = random_units(sites)
-    expected = _run(built, masked(built.model, sites, units))
-    row.effect = difference(_run(built, built.model), expected)
+    row.effect, row.silent = _effects(built, sites, units)
     everything = {name: torch.arange(site.width) for name, site in sites.items()}
-    row.whole = difference(_run(built, stt.apply(copy.deepcopy(built.model), everything)), _run(built, built.model))
+    row.whole = difference(run(built, stt.apply(copy.deepcopy(built.model), everything)), run(built, built.model))
+    row.tolerance = tolerance(built.model)
     sliced = stt.apply(copy.deepcopy(built.model), units)
-    row.sliced = difference(_run(built, sliced), expected)
+    row.sliced = difference(run(built, sliced), run(built, masked(built.model, sites, units)))
+    left_out = (name for entry in sites.left_out for name in entry.tensors)
+    row.coverage = coverage(built, sliced, left_out, [f"{tower}." for tower in built.not_run])
     _ship(row, built, sliced, worker, folder)
-    return row
+
+
+def _effects(built: Built, sites: Sites, units: Units) -> tuple[float, tuple[str, ...]]:
+    """Of masking every site alone: the smallest that shows in the outputs, and the sites of which none does."""
+    dense = run(built, built.model)
+    effects = {name: difference(run(built, masked(built.model, sites, {name: kept})), dense)
+               for name, kept in units.items()}
+    return (min((effect for effect in effects.values() if effect), default=0.0),
+            tuple(name for name, effect in effects.items() if not effect))
 
 
 def _ship(row: Row, built: Built, sliced: PreTrainedModel, worker: Worker, folder: Path) -> None:
     """Save, load, export, load elsewhere."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    expected = _run(built, sliced)
+    expected = run(built, sliced)
     try:
         stt.save(sliced, folder / "sliced")
-        row.reloaded = difference(_run(built, stt.load(folder / "sliced")), expected)
+        row.reloaded = difference(run(built, stt.load(folder / "sliced")), expected)
         export_hf(folder / "sliced", folder / "plain")
     except InputError as error:
-        row.reason = _reason(error)
+        row.reason = "; ".join(filter(None, (row.reason, _reason(error))))
         return
     row.exported = difference(worker.run(folder / "plain", type(sliced).__name__, built.inputs), expected)
 
@@ -115,17 +142,6 @@ def masked(model: PreTrainedModel, sites: Sites, units: Units) -> PreTrainedMode
     return model
 
 
-def uncovered(built: Built, sites: Sites) -> list[str]:
-    """Parameters with an axis of a feed-forward width that belong to no site and to nothing that is left out."""
-    known = {member.tensor for site in sites.values() for member in (*site.members, *site.along)}
-    known |= {name for entry in sites.left_out for name in entry.tensors}
-    known |= {re.sub(r"weight$", "bias", name) for name in known}
-    widths = {size for width in built.widths.values() for size in (width, 2 * width)}
-    return [name for name, parameter in built.model.named_parameters()
-            if widths & set(parameter.shape) and name not in known and is_repeated(built.model, name)
-            and not name.startswith(tuple(f"{tower}." for tower in built.not_run))]
-
-
 def difference(given: list[Tensor], expected: list[Tensor]) -> float:
     """The largest of all outputs, relative to the largest value of each (at least 1)."""
     assert [value.shape for value in given] == [value.shape for value in expected]
@@ -138,7 +154,8 @@ def tolerance(model: PreTrainedModel) -> float:
     return 1e-5 if any(isinstance(module, Conv1D) for module in model.modules()) else 0.0
 
 
-def _run(built: Built, model: PreTrainedModel) -> list[Tensor]:
+def run(built: Built, model: PreTrainedModel) -> list[Tensor]:
+    """Everything floating-point this model returns on the batch."""
     torch.manual_seed(0)  # some decode from noise
     with torch.no_grad():
         return outputs(model, built.inputs)
