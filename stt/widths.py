@@ -26,6 +26,7 @@ Entry = tuple[Keys, object, set[int]]  # where, the value, the whole numbers bes
 Widths = dict[int, int]  # dense width of a site -> width in the exported model
 Change = tuple[dict[Keys, object], Widths]  # new config values, and the widths they give
 Shapes = dict[str, tuple[int, ...]]
+Tried = dict[str, tuple[PreTrainedConfig, Shapes] | None]  # by changes: the config, and the shapes of its model
 Spans = list[tuple[str, int, int]]  # of a tensor of a site: name, axis, dense width of the site
 UNFIT = (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AttributeError, AssertionError,
          StrictDataclassError)  # how a config or a model class refuses a value
@@ -41,8 +42,9 @@ def narrow_config(sliced: PreTrainedModel, dense: PreTrainedModel, sites: Sites,
     """
     needed = _needed_widths(sliced, multiple_of, beyond_dense)
     spans = _spans(dense, [sites[name] for name in sliced.stt_selection])
+    tried: Tried = {}
     for some in _fewer_and_fewer(needed):
-        found = _fitting_config(type(sliced), dense, spans, some)
+        found = _fitting_config(type(sliced), dense, spans, some, tried)
         if found is not None:
             whole = sorted(width for width in needed if some[width] == width > needed[width])
             if whole:
@@ -61,20 +63,28 @@ def _fewer_and_fewer(needed: Widths) -> Iterator[Widths]:
             yield needed | {width: width for width in whole}
 
 
-def _fitting_config(kind: type[PreTrainedModel], dense: PreTrainedModel, spans: Spans,
-                    needed: Widths) -> tuple[PreTrainedConfig, Widths] | None:
+def _fitting_config(kind: type[PreTrainedModel], dense: PreTrainedModel, spans: Spans, needed: Widths,
+                    tried: Tried) -> tuple[PreTrainedConfig, Widths] | None:
     data, shapes = dense.config.to_dict(), _shapes(dense)
     for changes, widths in _candidates(list(_entries(data, dense.config)), needed):
-        try:
-            config = type(dense.config).from_dict(_changed(data, changes))
-            plain = empty_model(kind, config, None, "meta")
-        except UNFIT:
-            continue
-        if _shapes(plain) == _padded(shapes, spans, widths):
+        key = repr(changes)
+        if key not in tried:
+            tried[key] = _built(kind, type(dense.config), _changed(data, changes))
+        if tried[key] is not None and tried[key][1] == _padded(shapes, spans, widths):
             said = ", ".join(f"{'.'.join(map(str, keys))} = {value}" for keys, value in changes.items())
             logger.info("changed in the config: %s", said or "nothing")
-            return config, widths
+            return tried[key][0], widths
     return None
+
+
+def _built(kind: type[PreTrainedModel], of_config: type[PreTrainedConfig],
+           data: dict[str, object]) -> tuple[PreTrainedConfig, Shapes] | None:
+    """The config and the shapes of its model; None if one of them refuses a value."""
+    try:
+        config = of_config.from_dict(data)
+        return config, _shapes(empty_model(kind, config, None, "meta"))
+    except UNFIT:
+        return None
 
 
 def _needed_widths(sliced: PreTrainedModel, multiple_of: int, beyond_dense: bool) -> Widths:

@@ -108,9 +108,9 @@ def failures(row: Row) -> list[str]:
     wrong += [f"masking {name} changes nothing" for name in row.no_effect if not name.startswith(stated)]
     if not row.units or row.error:
         return wrong
-    is_reloaded = row.reloaded <= EXACT
+    is_reloaded, is_seen = row.reloaded <= EXACT, row.effect is None or row.effect > max(VISIBLE, 100 * row.sliced)
     return wrong + [sentence for is_wrong, sentence in (
-        (row.effect is not None and not row.effect > max(VISIBLE, 100 * row.sliced), f"masking a site changes only {row.effect}"),
+        (not is_seen, f"masking a site changes only {row.effect}"),
         (row.whole != 0, f"with all units kept it differs by {row.whole:.1e}"),
         (not row.sliced <= EXACT, f"sliced it differs by {row.sliced:.1e}"),
         (is_reloaded == (row.model_type in NOT_RELOADED), f"reloaded it differs by {row.reloaded:.1e}")) if is_wrong]

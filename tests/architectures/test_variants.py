@@ -1,4 +1,4 @@
-"""Sliced models of many types in half precision, in several files and with tied weights; experts computed in every way."""
+"""Sliced models of many types in half precision, in several files, with tied weights; experts computed in every way."""
 from __future__ import annotations
 
 import copy
@@ -18,8 +18,8 @@ from .matrix import EXACT, difference, masked, random_units, run
 TABLE = Path(__file__).parent.parent.parent / "docs" / "architectures.md"
 FEW = ("bert", "gpt2", "mixtral", "t5")
 RELOADED = (*FEW, "albert", "bart", "bloom", "convnext", "dbrx", "deepseek_v3", "gemma3", "gpt_oss", "jetmoe", "levit",
-            "mobilenet_v2", "modernbert", "moshi", "nllb-moe", "phi3", "qwen2_audio", "segformer", "switch_transformers",
-            "vit", "wav2vec2", "zamba2")  # every kind of block and of tying
+            "mobilenet_v2", "modernbert", "moshi", "nllb-moe", "phi3", "qwen2_audio", "segformer",
+            "switch_transformers", "vit", "wav2vec2", "zamba2")  # every kind of block and of tying
 NOT_GROUPED = {"dbrx", "jetmoe", "llama4", "llama4_text", "longcat_flash", "nemo_speechlm"}  # by transformers 5.23
 MIXTURES = re.findall(r"^\| (\S+) \| \w+ \| \d+ \| [^|]*experts", TABLE.read_text(encoding="utf-8"), re.MULTILINE)
 some_by_default = pytest.mark.parametrize("model_type", [
