@@ -3,12 +3,14 @@
 
     python benchmarks/kills.py --work kills --out benchmarks/KILLS.md       200 kills; stopped, it goes on where it was
 
-A training that saves after every step is ended by SIGKILL at a random moment of its first 1.5 normal durations, and
-started again, until it is complete; then the next one begins. "forked": processes forked from one that
-has everything imported, which train a tiny decoder, neurons selected, dropout 0.1. "fresh": `train_llm.py` on the
-shipped model as a process of its own, imports, selection, evaluation and report included. After every kill the newest
-checkpoint that is whole must be of the last step but one in the record, or later, and of no earlier step than after the
-kill before; in the end the weights must be, bitwise, those of a training that nobody killed.
+A run that saves after every step is ended by SIGKILL and started again, until it is complete; then the next one begins.
+Every second start is to be killed at a moment drawn uniformly from its first 1.5 normal durations, the others at one
+drawn from the training they have left, by the clock of a run that nobody killed. "forked": processes forked from one
+that has everything imported, which train a tiny decoder, neurons selected, dropout 0.1. "fresh": `train_llm.py` on the
+shipped model as a process of its own, imports, selection, evaluation and report included. Where a kill hit is read off
+what the run left: "before training", no start of the record; "after training", a whole checkpoint of the last step.
+After every kill the newest checkpoint that is whole must be of the last step but one in the record, or later, and of no
+earlier step than after the kill before; in the end the weights must be, bitwise, those of the run that nobody killed.
 """
 from __future__ import annotations
 
@@ -24,16 +26,25 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 KILLS = {"forked": 180, "fresh": 20}
+PHASES = ("before training", "training", "after training")
 STEPS = 12
-SHIPPED_RUN = ("--train_size", "16", "--train_batch", "4", "--num_epoch", "2", "--save_steps", "1", "--log_interval",
+SHIPPED_RUN = ("--train_size", "64", "--train_batch", "4", "--num_epoch", "2", "--save_steps", "1", "--log_interval",
                "1", "--no_eval_epochs", "--active_sample_ratio", "1")
 
 
 # ---------------------------------------------------------------- what is killed
+
+
+def warm_up() -> None:
+    """Import what the forked children need, before they are forked."""
+    import stt.selecting
+    import stt.stt_transformer
+    import stt.trainers.sft  # noqa: F401
 
 
 def train_tiny(folder: Path) -> None:
@@ -129,9 +140,17 @@ def digest(tensors: dict[str, object]) -> str:
     return total.hexdigest()
 
 
-def attempt(kind: str, folder: Path, seconds: float) -> dict[str, object]:
+def phase(folder: Path, started: float, saved: int, steps: int) -> str:
+    """How far a process came that was started at `started` (seconds since 1970) to train `steps` steps."""
+    record = folder / "args.json"
+    if not record.exists() or record.stat().st_mtime < started:
+        return "before training"
+    return "training" if saved < steps else "after training"
+
+
+def attempt(kind: str, folder: Path, seconds: float, steps: int = STEPS) -> dict[str, object]:
     """Start, wait, kill; what happened."""
-    before = saved_step(folder)
+    before, started = saved_step(folder), time.time()
     child = START[kind](folder)
     until = time.monotonic() + seconds
     ended = 0
@@ -146,24 +165,43 @@ def attempt(kind: str, folder: Path, seconds: float) -> dict[str, object]:
     return {"kind": kind, "killed": is_killed, "dead": not is_killed and status != 0,
             "complete": (folder / "results.json").exists(), "saved": saved,
             "lost": max(0, recorded_step(folder) - 1 - saved), "backwards": max(0, before - saved),
+            "phase": phase(folder, started, saved, steps) if is_killed else None,
             "while_saving": is_killed and any((folder / ".saving").glob("*"))}
+
+
+@dataclass(frozen=True)
+class Clock:
+    """When a run that nobody kills begins and ends to train, and when it ends, in seconds from its start; its steps."""
+
+    begins: float
+    trained: float
+    ends: float
+    steps: int
+
+    @classmethod
+    def of(cls, folder: Path, started: float) -> Clock:
+        """Of a complete run, started at `started` (seconds since 1970)."""
+        steps = saved_step(folder)
+        last = folder / f"checkpoint-{steps}" / "manifest.json"
+        return cls((folder / "args.json").stat().st_mtime - started, last.stat().st_mtime - started,
+                   time.time() - started, steps)
+
+    def moment(self, attempt: int, saved: int, chance: random.Random) -> float:
+        """When to kill start number `attempt` of a run of which `saved` steps are saved."""
+        left = (self.trained - self.begins) * (1 - saved / self.steps)
+        return chance.uniform(self.begins, self.begins + left) if attempt % 2 else chance.uniform(0, 1.5 * self.ends)
 
 
 def battery(kind: str, kills: int, work: Path, seed: int) -> list[dict[str, object]]:
     """What happened in each attempt until `kills` of them were killed; goes on with what is noted in `work`."""
     work.mkdir(parents=True, exist_ok=True)
     notes, reference = work / f"{kind}.jsonl", work / f"{kind}-reference"
-    if not (reference / "results.json").exists():
-        shutil.rmtree(reference, ignore_errors=True)
-        started = time.monotonic()
-        if attempt(kind, reference, 600)["dead"]:
-            raise SystemExit(f"the training in {reference} fails without being killed")
-        (work / f"{kind}-seconds").write_text(str(time.monotonic() - started))
-    longest, expected = float((work / f"{kind}-seconds").read_text()), weights(kind, reference)
+    clock, expected = reference_clock(kind, reference), weights(kind, reference)
     rows = [json.loads(line) for line in notes.read_text().splitlines()] if notes.exists() else []
     while sum(row["killed"] for row in rows) < kills:
         folder = work / f"{kind}-{sum(row['complete'] for row in rows)}"
-        row = attempt(kind, folder, random.Random(f"{seed} {kind} {len(rows)}").uniform(0, 1.5 * longest))
+        chance = random.Random(f"{seed} {kind} {len(rows)}")
+        row = attempt(kind, folder, clock.moment(len(rows), saved_step(folder), chance), clock.steps)
         if row["complete"]:
             row["equal"] = weights(kind, folder) == expected
             shutil.rmtree(folder)
@@ -173,6 +211,18 @@ def battery(kind: str, kills: int, work: Path, seed: int) -> list[dict[str, obje
     return rows
 
 
+def reference_clock(kind: str, folder: Path) -> Clock:
+    """The clock of the run that nobody kills, which is run if it is not there yet."""
+    measured = folder.with_name(f"{folder.name}.json")
+    if not measured.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        started = time.time()
+        if attempt(kind, folder, 600)["dead"]:
+            raise SystemExit(f"the training in {folder} fails without being killed")
+        measured.write_text(json.dumps(asdict(Clock.of(folder, started))))
+    return Clock(**json.loads(measured.read_text()))
+
+
 # ---------------------------------------------------------------- the table
 
 
@@ -180,6 +230,7 @@ def summary(kind: str, rows: Sequence[dict[str, object]]) -> dict[str, object]:
     """The numbers of one row of the table."""
     complete = [row for row in rows if row["complete"]]
     return {"": kind, "kills": sum(row["killed"] for row in rows),
+            **{f"of these {name}": sum(row["phase"] == name for row in rows) for name in PHASES},
             "of these while saving": sum(row["while_saving"] for row in rows),
             "starts": len(rows), "dead starts": sum(row["dead"] for row in rows),
             "steps lost beyond the last save": sum(row["lost"] for row in rows),
@@ -210,8 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
     import transformers
 
-    import stt.trainers.sft  # noqa: F401  (the forked children have everything imported)
-
+    warm_up()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -2,12 +2,18 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 import pytest
 
 from benchmarks import kills
 from stt.trainers import checkpoints
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _warm() -> None:
+    kills.warm_up()
 
 
 def test_nothing_is_lost(tmp_path: Path) -> None:
@@ -33,7 +39,7 @@ def test_what_it_would_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(kills.START, "forked", lambda folder: os.posix_spawn("/bin/false", ["false"], {}))
     row = kills.attempt("forked", folder, 60)
     assert row == {"kind": "forked", "killed": False, "dead": True, "complete": False, "saved": kills.STEPS - 1,
-                   "lost": 0, "backwards": 0, "while_saving": False}
+                   "lost": 0, "backwards": 0, "phase": None, "while_saving": False}
     (checkpoints.path_of(folder, kills.STEPS - 1) / "manifest.json").unlink()
     assert kills.attempt("forked", folder, 60)["lost"] == kills.STEPS - 1
     assert not kills.is_clean("forked", [row])
@@ -41,3 +47,26 @@ def test_what_it_would_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert kills.is_clean("forked", [clean, clean | {"complete": True, "equal": True}])
     for bad in ({"lost": 1}, {"backwards": 1}, {"complete": True, "equal": False}):
         assert not kills.is_clean("forked", [clean | bad])
+
+
+def test_moments() -> None:
+    """Every second one lies in the training that is left, the others anywhere."""
+    clock = kills.Clock(begins=10, trained=30, ends=40, steps=20)
+    chance = random.Random(0)
+    anywhere = [clock.moment(2, 15, chance) for _ in range(2000)]
+    training = [clock.moment(3, 15, chance) for _ in range(2000)]  # 5 of 20 steps are left: 5 of 20 seconds
+    assert (min(anywhere) < 1, max(anywhere) > 59, max(anywhere) <= 60) == (True, True, True)
+    assert (min(training) >= 10, min(training) < 10.1, max(training) > 14.9, max(training) <= 15) == (True,) * 4
+
+
+def test_phases(tmp_path: Path) -> None:
+    """By the record and the checkpoints alone."""
+    record = tmp_path / "args.json"
+    assert kills.phase(tmp_path, 100.0, 0, 12) == "before training"
+    record.write_text("{}")
+    os.utime(record, (99, 99))  # of an earlier start
+    assert kills.phase(tmp_path, 100.0, 3, 12) == "before training"
+    os.utime(record, (101, 101))
+    assert kills.phase(tmp_path, 100.0, 0, 12) == "training"
+    assert kills.phase(tmp_path, 100.0, 11, 12) == "training"
+    assert kills.phase(tmp_path, 100.0, 12, 12) == "after training"
