@@ -154,7 +154,8 @@ def select(run: Run, model: PreTrainedModel, judge: Judge | ClassifierJudge, row
     from stt.selecting import Budget, measured_for
     from stt.selection import Selection
 
-    args, compensate = run.args, run.args.compensate or "none"
+    args = run.args
+    compensate = args.compensate or "none"
     size = Budget(args.topk_ratio, args.keep_ratio, width=args.width, multiple_of=args.multiple_of,
                   heads_keep=args.heads_ratio)
     batches = batches_of(rows, args.eval_batch, collate)
