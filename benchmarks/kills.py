@@ -4,19 +4,21 @@
     python benchmarks/kills.py --work kills --out benchmarks/KILLS.md       200 kills; stopped, it goes on where it was
 
 A run that saves after every step is ended by SIGKILL and started again, until it is complete; then the next one begins.
-Every second start is to be killed at a moment drawn uniformly from its first 1.5 normal durations, the others at one
-drawn from the training they have left, by the clock of a run that nobody killed. "forked": processes forked from one
-that has everything imported, which train a tiny decoder, neurons selected, dropout 0.1. "fresh": `train_llm.py` on the
-shipped model as a process of its own, imports, selection, evaluation and report included. Where a kill hit is read off
-what the run left: "before training", no start of the record; "after training", a whole checkpoint of the last step.
-After every kill the newest checkpoint that is whole must be of the last step but one in the record, or later, and of no
-earlier step than after the kill before; in the end the weights must be, bitwise, those of the run that nobody killed.
+The moment is drawn uniformly from the first 1.5 normal durations, or, where steps are left and at most half of the
+kills so far hit the training, from the time those steps take, counted from when the training began. "forked": processes
+forked from one that has everything imported, which train a tiny decoder, neurons selected, dropout 0.1. "fresh":
+`train_llm.py` on the shipped model as a process of its own, imports, selection, evaluation and report included. Where a
+kill hit is read off what it left: "before training", no record of this start; "after training", a whole checkpoint of
+the last step. After every kill the newest checkpoint that is whole must be of the last step but one in the record, or
+later, and of no earlier step than after the kill before; in the end the weights must be, bitwise, those of the run that
+nobody killed.
 """
 from __future__ import annotations
 
 import argparse
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -140,23 +142,38 @@ def digest(tensors: dict[str, object]) -> str:
     return total.hexdigest()
 
 
-def phase(folder: Path, started: float, saved: int, steps: int) -> str:
-    """How far a process came that was started at `started` (seconds since 1970) to train `steps` steps."""
+def has_begun(folder: Path, started: float) -> bool:
+    """Whether a process that was started at `started` (seconds since 1970) has come to its training."""
     record = folder / "args.json"
-    if not record.exists() or record.stat().st_mtime < started:
+    return record.exists() and record.stat().st_mtime >= started
+
+
+def phase(folder: Path, started: float, saved: int, steps: int) -> str:
+    """How far a process came that was started at `started` to train `steps` steps."""
+    if not has_begun(folder, started):
         return "before training"
     return "training" if saved < steps else "after training"
 
 
-def attempt(kind: str, folder: Path, seconds: float, steps: int = STEPS) -> dict[str, object]:
+@dataclass(frozen=True)
+class Moment:
+    """When to kill: after so many seconds, from the start or from when the training has begun."""
+
+    seconds: float
+    in_training: bool = False
+
+
+def attempt(kind: str, folder: Path, moment: Moment, steps: int = STEPS) -> dict[str, object]:
     """Start, wait, kill; what happened."""
     before, started = saved_step(folder), time.time()
     child = START[kind](folder)
-    until = time.monotonic() + seconds
+    until = math.inf if moment.in_training else time.monotonic() + moment.seconds
     ended = 0
     while not ended and time.monotonic() < until:
         time.sleep(min(0.005, max(0.0, until - time.monotonic())))
         ended, status = os.waitpid(child, os.WNOHANG)
+        if until == math.inf and has_begun(folder, started):
+            until = time.monotonic() + moment.seconds
     if not ended:
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
@@ -171,25 +188,25 @@ def attempt(kind: str, folder: Path, seconds: float, steps: int = STEPS) -> dict
 
 @dataclass(frozen=True)
 class Clock:
-    """When a run that nobody kills begins and ends to train, and when it ends, in seconds from its start; its steps."""
+    """Seconds that a run takes which nobody kills, and its training alone; its steps."""
 
-    begins: float
-    trained: float
-    ends: float
+    whole: float
+    training: float
     steps: int
 
     @classmethod
     def of(cls, folder: Path, started: float) -> Clock:
         """Of a complete run, started at `started` (seconds since 1970)."""
         steps = saved_step(folder)
-        last = folder / f"checkpoint-{steps}" / "manifest.json"
-        return cls((folder / "args.json").stat().st_mtime - started, last.stat().st_mtime - started,
-                   time.time() - started, steps)
+        trained = (folder / f"checkpoint-{steps}" / "manifest.json").stat().st_mtime
+        return cls(time.time() - started, trained - (folder / "args.json").stat().st_mtime, steps)
 
-    def moment(self, attempt: int, saved: int, chance: random.Random) -> float:
-        """When to kill start number `attempt` of a run of which `saved` steps are saved."""
-        left = (self.trained - self.begins) * (1 - saved / self.steps)
-        return chance.uniform(self.begins, self.begins + left) if attempt % 2 else chance.uniform(0, 1.5 * self.ends)
+    def moment(self, rows: Sequence[dict[str, object]], saved: int, chance: random.Random) -> Moment:
+        """When to kill the next start, of a run of which `saved` steps are saved, after the attempts `rows`."""
+        hits = sum(row["phase"] == "training" for row in rows)
+        if saved < self.steps and 2 * hits <= sum(row["killed"] for row in rows):
+            return Moment(chance.uniform(0, self.training * (1 - saved / self.steps)), in_training=True)
+        return Moment(chance.uniform(0, 1.5 * self.whole))
 
 
 def battery(kind: str, kills: int, work: Path, seed: int) -> list[dict[str, object]]:
@@ -201,7 +218,7 @@ def battery(kind: str, kills: int, work: Path, seed: int) -> list[dict[str, obje
     while sum(row["killed"] for row in rows) < kills:
         folder = work / f"{kind}-{sum(row['complete'] for row in rows)}"
         chance = random.Random(f"{seed} {kind} {len(rows)}")
-        row = attempt(kind, folder, clock.moment(len(rows), saved_step(folder), chance), clock.steps)
+        row = attempt(kind, folder, clock.moment(rows, saved_step(folder), chance), clock.steps)
         if row["complete"]:
             row["equal"] = weights(kind, folder) == expected
             shutil.rmtree(folder)
@@ -217,7 +234,7 @@ def reference_clock(kind: str, folder: Path) -> Clock:
     if not measured.exists():
         shutil.rmtree(folder, ignore_errors=True)
         started = time.time()
-        if attempt(kind, folder, 600)["dead"]:
+        if attempt(kind, folder, Moment(600))["dead"]:
             raise SystemExit(f"the training in {folder} fails without being killed")
         measured.write_text(json.dumps(asdict(Clock.of(folder, started))))
     return Clock(**json.loads(measured.read_text()))
