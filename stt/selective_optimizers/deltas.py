@@ -71,3 +71,8 @@ def shape_of(selection: Selection, name: str, tensor: Tensor) -> torch.Size:
     """The shape of what the selection takes of the tensor."""
     axis, k = axis_of(selection, name), len(selection[name])
     return torch.Size((k,)) if axis is None else torch.Size((*tensor.shape[:axis], k, *tensor.shape[axis + 1:]))
+
+
+def flat_positions(shape: torch.Size, axis: int | None, ids: Tensor) -> Tensor:
+    """Flat positions of the selected weights of a tensor, ascending: the order in which `read` returns them."""
+    return ids if axis is None else torch.arange(shape.numel()).view(shape).index_select(axis, ids).flatten()

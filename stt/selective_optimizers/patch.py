@@ -117,7 +117,7 @@ class Patch:
         if not math.isfinite(scale):
             raise InputError(f"the scale of a patch must be a finite number, got {scale}")
         tensors, buffers = named_tensors(model), buffers_of(model)
-        self._check_shapes(tensors, buffers)
+        self.check_shapes(tensors, buffers)
         before = {name: read_units(tensors[name], self.selection, name).cpu() for name in self.deltas}
         for name, checks in self.starts.items():
             _check_start(name, before[name], axis_of(self.selection, name), checks)
@@ -140,7 +140,8 @@ class Patch:
             values.view(-1)[self.exact[name].at] = self.exact[name].values.to(wide)
         return values
 
-    def _check_shapes(self, tensors: Tensors, buffers: Tensors) -> None:
+    def check_shapes(self, tensors: Tensors, buffers: Tensors) -> None:
+        """Raises InputError if the patch is not of a model with these tensors and buffers, whatever their values."""
         check_fits(self.selection, tensors)
         if self.selection.meta.get("fingerprint") != fingerprint(tensors):
             raise InputError("the patch was made for a model with other tensors: give the model it was trained from")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stt.errors import InputError
 from stt.selection import Selection
-from stt.selective_optimizers.deltas import Exact, Start, same_bits
+from stt.selective_optimizers.deltas import Exact, Start, flat_positions, same_bits
 from stt.selective_optimizers.weights import ALONG, axis_of
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _whole_shape(part: Part, axis: int | None, width: int) -> torch.Size:
 
 def _flat(part: Part, axis: int, shape: torch.Size) -> Part:
     """The same with every weight as a unit. Weights keep their order, so digests stay what they are."""
-    ids = torch.arange(shape.numel()).view(shape).index_select(axis, part.ids).flatten()
+    ids = flat_positions(shape, axis, part.ids)
     along = [1] * len(shape)
     along[axis] = len(part.ids)
     starts = [Start(start.digest, None if start.where is None else
@@ -125,7 +125,7 @@ def summed(name: str, axis: int | None, parts: Sequence[Part]) -> tuple[Tensor, 
 
 def _moved(part: Part, place: Tensor, holders: Tensor, shape: torch.Size, dim: int) -> Exact:
     """The exact values of a part where no other part is added, at their positions in the union."""
-    positions = torch.arange(shape.numel()).view(shape).index_select(dim, place).flatten()[part.exact.at]
+    positions = flat_positions(shape, dim, place)[part.exact.at]
     unit = positions // math.prod(shape[dim + 1:]) % shape[dim]
     alone = holders[unit] == 1
     return Exact(positions[alone], part.exact.values[alone])
