@@ -24,6 +24,7 @@ from stt.selective_optimizers.load_store import (
 )
 from stt.selective_optimizers.patch import Patch
 
+
 @pytest.fixture
 def write(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     """public_summary.write, to the same file each time."""
