@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -278,12 +279,13 @@ def test_sum_of_overlapping_patches(forms: tuple[str | None, ...], scales: list[
     assert all(torch.equal(tensor, before[name]) for name, tensor in named_tensors(base).items())
 
 
-@pytest.mark.parametrize("forms", [("flat", "rows"), ("rows", "rows"), ("columns", "rows")])
-def test_a_sum_knows_its_base(forms: tuple[str, str]) -> None:
-    """Every weight that any of them lies on is checked."""
+@pytest.mark.parametrize("forms", [("flat", "rows"), ("rows", "rows"), ("rows", "rows", "columns")])
+def test_a_sum_knows_its_base(forms: tuple[str, ...]) -> None:
+    """Every weight that any of them lies on is checked, also of a sum of sums."""
     base = mixed()
-    selections = [drawn(base, seed, form, share=0.3) for seed, form in enumerate(forms)]
-    sum_ = Patch.compose([Patch.between(base, moved(base, selection), selection) for selection in selections])
+    selections = [drawn(base, seed, form, share=0.2) for seed, form in enumerate(forms)]
+    parts = [Patch.between(base, moved(base, selection), selection) for selection in selections]
+    sum_ = functools.reduce(lambda left, right: Patch.compose([left, right]), parts)
     union = patches.masks(base, sum_.selection)
     for name, mask in union.items():
         for i, is_selected in enumerate(mask.flatten().tolist()):
@@ -375,7 +377,7 @@ def test_a_patch_file_is_a_selection_file(tmp_path: Path) -> None:
 Parts = dict[str, Tensor]
 BROKEN: dict[str, Callable[[Parts, dict[str, object]], object]] = {
     "a delta is gone": lambda parts, meta: parts.pop("values/scale"),
-    "a delta too short": lambda parts, meta: parts.update({"values/norm.bias": torch.zeros(1)}),
+    "a delta too long": lambda parts, meta: parts.update({"values/norm.bias": torch.zeros(3)}),
     "a delta of whole numbers": lambda parts, meta: parts.update({"values/scale": torch.zeros(1, dtype=torch.int32)}),
     "flat ids, a matrix of values": lambda parts, meta: parts.update({"values/scale": torch.zeros(1, 2)}),
     "no starts": lambda parts, meta: meta["patch"].pop("starts"),
