@@ -99,8 +99,8 @@ class Selection(Mapping[str, Tensor]):
     # ------------------------------------------------------------ file
 
     def save(self, path: str | Path) -> None:
-        """One safetensors file: ids in int32 where they fit, values, JSON metadata; written beside and renamed, so never
-        half there."""
+        """One safetensors file: ids in int32 where they fit, values, JSON metadata; written beside and renamed, so
+        never half there."""
         path = Path(path)
         temporary = path.with_name(path.name + ".part")
         tensors = {site: _narrowed(ids) for site, ids in self.items()}

@@ -1,1 +1,1 @@
-"""Selective optimizers: choose single weights, rows or whole parts of a model under one exact budget, and train them."""
+"""Selective optimizers: choose single weights, rows or whole parts of a model under one exact budget; train those."""

@@ -84,8 +84,8 @@ def check_fits(selection: Selection, tensors: Mapping[str, Tensor]) -> None:
             raise unknown_name("tensor", name, tensors)
         axis, tensor = axis_of(selection, name), tensors[name]
         if axis is not None and not (isinstance(axis, int) and 0 <= axis < tensor.dim()):
-            raise InputError(f"the selection takes {name} along axis {axis}, and it has {tensor.dim()}: it was made for "
-                             "another model")
+            raise InputError(f"the selection takes {name} along axis {axis}, and it has {tensor.dim()}: it was made "
+                             "for another model")
         expected = selection.widths.get(name, width(tensor, axis))
         if expected != width(tensor, axis) or (len(ids) and int(ids[-1]) >= width(tensor, axis)):
             raise InputError(f"the selection is of {expected} units of {name}, which has {width(tensor, axis)} in this "
