@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stt import cli
+from stt import cli, recipe
 from stt.ablation.classifier_flags import ClassifierAblationArgs, resolve
 from stt.errors import InputError
 from train_classifier import load_data, load_reader, loop_arguments, source
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 def main(args: ClassifierAblationArgs) -> int:
     """One ablation, from the flags to the report; 0. Raises InputError before anything is written, TrainingFailed
     later."""
-    import transformers
-
     from stt import modes
     from stt.ablation import study
     from stt.dataset.base import limit_validation
@@ -41,11 +39,9 @@ def main(args: ClassifierAblationArgs) -> int:
     from stt.loading import check_classifier, compute_dtype
     from util.utils import pick_device
 
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
-
     # ---------------------------------------------------------------- everything that can be wrong, before any write
     args = resolve(args)
+    recipe.hide_bars()
     plan, device = study.plan(args), pick_device()
     task = limit_validation(load_data(args), args.val_size, args.seed)
     if task.is_regression:

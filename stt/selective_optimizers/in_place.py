@@ -32,7 +32,7 @@ def in_place(model: nn.Module, selection: Mapping[str, Tensor]) -> Selection:
         if tensor is None:
             continue  # a buffer
         first = next(other for other, parameter in tensors.items() if parameter is tensor)
-        axis, chosen[first] = _places(tensor, parts)
+        axis, chosen[first] = places(tensor, parts)
         along |= {} if axis is None else {first: axis}
     for name in _down_biases(model, [sites[site] for site in units]):
         axis, chosen[name] = all_of(tensors[name])
@@ -41,7 +41,7 @@ def in_place(model: nn.Module, selection: Mapping[str, Tensor]) -> Selection:
     return selection_of(chosen, along, tensors, {**meta, "unit": units.meta.get("units", "neurons")})
 
 
-def _places(tensor: Tensor, parts: Parts) -> tuple[int | None, Tensor]:
+def places(tensor: Tensor, parts: Parts) -> tuple[int | None, Tensor]:
     """Where the channels of these parts stand: whole rows or columns of a matrix, else flat positions."""
     axes = {member.axis for member, _ in parts}
     if tensor.dim() == 2 and len(axes) == 1 and all(member.expert is None for member, _ in parts):

@@ -1,8 +1,8 @@
 """Training selected weights in place: every tensor stays frozen, and a leaf beside it holds the selected values.
 
 The model computes what it always did, on its own tensors. The backward pass yields the gradient of the leaves alone, so
-that any optimizer, scheduler, clipping, scaler, Trainer or DDP works on few numbers; after a step of any torch optimizer
-the values go back into their places.
+that any optimizer, scheduler, clipping, scaler, Trainer or DDP works on few numbers; after a step of any torch
+optimizer the values go back into their places.
 """
 from __future__ import annotations
 
