@@ -6,9 +6,8 @@ they go back into their tensors. No tensor of the model's size is kept, and what
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +17,11 @@ from stt.errors import InputError, TrainingFailed, unknown_name
 from stt.selection import Selection
 from stt.selective_optimizers.amount import Amount
 from stt.selective_optimizers.choose import best
+from stt.selective_optimizers.deltas import digest, read_units
 from stt.selective_optimizers.elementwise import check_elementwise
 from stt.selective_optimizers.gradients import Catcher, Dense, Kept, choose, dense, is_finite
 from stt.selective_optimizers.grouping import CHOOSE_ALL, Group, budget_of, group_of, numbers
+from stt.selective_optimizers.patch import Patch
 from stt.selective_optimizers.pool import Pool
 from stt.selective_optimizers.schedules import Schedule
 from stt.selective_optimizers.weights import all_of, named_tensors, selection_of, write
@@ -69,7 +70,7 @@ class SelectiveOptimizer(Optimizer):
         self._trainer = self._new_trainer()
         self._start_of_whole = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._whole.items()}
         self._add(schedule.first(self._candidates, self._room))
-        self._digests = {name: _digest(tensor) for name, tensor in self._candidates.items()} if verify else {}
+        self._digests = {name: digest(tensor) for name, tensor in self._candidates.items()} if verify else {}
         self._catcher = Catcher(self._candidates, accumulation_steps if schedule.grows else 1, self._keep) \
             if gather == "backward" else None
 
@@ -182,6 +183,13 @@ class SelectiveOptimizer(Optimizer):
                                         for name, value in pool.by_tensor(pool.start).items() if len(value)}
         return {model_name: start[name] for model_name, name in ours.items() if name in start}
 
+    def get_summary(self, model: nn.Module, new: Collection[str] = ()) -> Patch:
+        """The patch of what has trained, by the names of `model`; `new` names tensors that its base has no values of (a
+        head drawn at random), as for Patch.from_values."""
+        selection, tensors = self.selection(model), named_tensors(model)
+        trained = {name: read_units(tensors[name], selection, name) for name in selection}
+        return Patch.from_values(model, selection, self.start_values(model), trained, new)
+
     def post_train_work(self) -> None:
         """Check that no weight but the chosen ones has changed: with `verify`, bit by bit. Raises TrainingFailed,
         naming the tensors, if one has."""
@@ -189,7 +197,7 @@ class SelectiveOptimizer(Optimizer):
         for pool in self._pools:
             starts = pool.by_tensor(pool.start)
             changed += [name for name, tensor in pool.tensors.items() if name in self._digests
-                        and _digest(tensor, pool.ids[name], starts[name]) != self._digests[name]]
+                        and _as_started(tensor, pool.ids[name], starts[name]) != self._digests[name]]
         changed = [name for name in changed if name not in self.schedule.visited(self._candidates)]
         if changed:
             raise TrainingFailed(f"weights outside the selection changed in {', '.join(changed)}: something else than "
@@ -354,9 +362,8 @@ def _check(bias_correction: str, gather: str, accumulation_steps: int, arguments
                          "gather=\"step\", or stt.attach(model, selection)")
 
 
-def _digest(tensor: Tensor, ids: Tensor | None = None, start: Tensor | None = None) -> str:
-    """sha256 of the bits of a tensor, with what was chosen as it started."""
-    bits = tensor.detach().clone()
-    if ids is not None and start is not None:
-        write(bits, None, ids, start)
-    return hashlib.sha256(bits.flatten().cpu().view(torch.uint8).numpy()).hexdigest()
+def _as_started(tensor: Tensor, ids: Tensor, start: Tensor) -> str:
+    """Digest of a tensor with what was chosen of it as it was when it was chosen."""
+    values = tensor.detach().clone()
+    write(values, None, ids, start)
+    return digest(values)

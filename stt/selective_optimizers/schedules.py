@@ -130,6 +130,9 @@ class Grow(Schedule):
     shape: str = "uniform"
 
     def __post_init__(self) -> None:
+        if set(self.by.needs) - {"gradient"}:
+            raise InputError(f"the score {type(self.by).__name__} needs more than the gradient of a step: choose by it "
+                             "with stt.select_weights")
         if self.shape not in SHAPES:
             raise unknown_name("schedule", str(self.shape), SHAPES)
 
