@@ -183,12 +183,16 @@ class SelectiveOptimizer(Optimizer):
                                         for name, value in pool.by_tensor(pool.start).items() if len(value)}
         return {model_name: start[name] for model_name, name in ours.items() if name in start}
 
-    def get_summary(self, model: nn.Module, new: Collection[str] = ()) -> Patch:
+    def patch(self, model: nn.Module, new: Collection[str] = ()) -> Patch:
         """The patch of what has trained, by the names of `model`; `new` names tensors that its base has no values of (a
         head drawn at random), as for Patch.from_values."""
         selection, tensors = self.selection(model), named_tensors(model)
         trained = {name: read_units(tensors[name], selection, name) for name in selection}
         return Patch.from_values(model, selection, self.start_values(model), trained, new)
+
+    def get_summary(self, model: nn.Module) -> Patch:
+        """The published name of `patch`."""
+        return self.patch(model)
 
     def post_train_work(self) -> None:
         """Check that no weight but the chosen ones has changed: with `verify`, bit by bit. Raises TrainingFailed,
