@@ -1,4 +1,4 @@
-"""A slow selective optimizer to compare with: full-size state, a mask for every tensor, and what is not chosen put back."""
+"""A slow selective optimizer to compare with: full-size state, a mask per tensor, and what is not chosen put back."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence

@@ -62,7 +62,7 @@ class SelectiveOptimizer(Optimizer):
         self._together = schedule.grows and bias_correction == "global"
         names = {id(tensor): name for name, tensor in named_tensors(model).items()} if model is not None else {}
         self._groups: list[Group] | None = None  # not built yet
-        super().__init__(params, {**base([nn.Parameter(torch.zeros(1))], **arguments).defaults, CHOOSE_ALL: False})
+        super().__init__(params, {**base([nn.Parameter(torch.zeros(1, 1))], **arguments).defaults, CHOOSE_ALL: False})
         check_elementwise(base, arguments, self.param_groups[0]["params"][0].device)
         groups = [group_of(i, group, names, self._together) for i, group in enumerate(self.param_groups)]
         self.budget = budget_of(budget, groups, schedule.grows)
