@@ -1,5 +1,5 @@
-"""A selective optimizer on low-rank adapters, in a plain training loop: part of a LoRA learns to read digits that lie on
-their side.
+"""A selective optimizer on low-rank adapters, in a plain training loop: part of a LoRA learns to read digits that lie
+on their side.
 
 python examples/vit_lora_no_trainer.py --method pafi --budget 2000
 """
