@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stt import cli
+from stt import cli, recipe
 from stt.ablation.classifier_flags import ClassifierAblationArgs, resolve
 from stt.errors import InputError
 from train_classifier import load_data, load_reader, loop_arguments, source
@@ -31,22 +31,19 @@ if TYPE_CHECKING:
 def main(args: ClassifierAblationArgs) -> int:
     """One ablation, from the flags to the report; 0. Raises InputError before anything is written, TrainingFailed
     later."""
-    import transformers
-
     from stt import modes
     from stt.ablation import study
+    from stt.dataset.base import limit_validation
     from stt.dataset.classification.encode import encoder_of
     from stt.evaluate.classifier import ClassifierJudge
     from stt.loading import check_classifier, compute_dtype
     from util.utils import pick_device
 
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
-
     # ---------------------------------------------------------------- everything that can be wrong, before any write
     args = resolve(args)
+    recipe.hide_bars()
     plan, device = study.plan(args), pick_device()
-    task = load_data(args)
+    task = limit_validation(load_data(args), args.val_size, args.seed)
     if task.is_regression:
         raise InputError(f"{task.name} predicts a quantity, and answers are compared that are right or wrong: give a "
                          "task with classes.")

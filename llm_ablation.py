@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stt import cli
+from stt import cli, recipe
 from stt.ablation.llm_flags import LLMAblationArgs, resolve
 from train_llm import load_data, read_text
 
@@ -31,24 +31,22 @@ if TYPE_CHECKING:
 def main(args: LLMAblationArgs) -> int:
     """One ablation, from the flags to the report; 0. Raises InputError before anything is written, TrainingFailed
     later."""
-    import transformers
-
     from stt import modes
     from stt.ablation import study
+    from stt.dataset.base import limit_validation
     from stt.distill import load_teacher
     from stt.evaluate.llm import Judge
     from stt.loading import check_decoder, compute_dtype, load_tokenizer
     from stt.packing import find_packing
     from util.utils import pick_device
 
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
-
     # ---------------------------------------------------------------- everything that can be wrong, before any write
     args = resolve(args)
+    recipe.hide_bars()
     plan, device = study.plan(args), pick_device()
     tokenizer = load_tokenizer(args.model)
-    task, source = load_data(args, tokenizer), load_source(args)
+    task = limit_validation(load_data(args, tokenizer), args.val_size, args.seed)
+    source = load_source(args)
     dtype = compute_dtype(args.precision, device)
     judge = Judge(args.model, task, tokenizer, read_text(args.ppl_text), args.eval_batch, args.max_length,
                   args.apply_chat_template, dtype)

@@ -7,116 +7,90 @@ explains the flags.
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stt import cli, recipe
 from stt.classifier_arguments import ClassifierArgs, resolved
 from stt.errors import InputError
-from stt.recipe import GPU_MULTIPLE, SELECTION, kept_fractions, resumed_step, wandb
+from stt.recipe import Run
+from util import ranks
+from util.utils import RunFolder, peak_memory_bytes
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
     from transformers.image_processing_utils import BaseImageProcessor
 
     from stt.dataset.classification import LabelTask
-    from stt.dataset.classification.encode import Encoder
     from stt.evaluate.classifier import ClassifierJudge
-    from stt.modes import Mode
     from stt.selection import Selection
-    from util.clock import Clock
-    from util.utils import RunFolder
 
 
 def main(args: ClassifierArgs) -> int:
     """One run, from the flags to the report; 0. Raises InputError before anything is written, TrainingFailed later."""
     args = resolved(args)
-    if recipe.is_finished(Path(args.output_dir) / args.run_name, args):
+    if recipe.is_finished(args):
         return 0
-    import transformers
-
-    from stt import modes, report
+    from stt import modes
     from stt.dataset.classification.encode import encoder_of
     from stt.evaluate.classifier import ClassifierJudge
-    from stt.loading import Classes, check_classifier, compute_dtype, load_classifier
-    from stt.surgery import count_parameters, pad_sites
+    from stt.loading import Classes, check_classifier, load_classifier
+    from stt.surgery import count_parameters
     from stt.trainers.classify import train
-    from util import ranks
-    from util.clock import Clock
-    from util.utils import RunFolder, peak_memory_bytes, pick_device, set_seed
-
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
 
     # ---------------------------------------------------------------- everything that can be wrong, before any write
-    device, clock = pick_device(), Clock()
-    set_seed(args.seed)
-    mode = modes.find(args.mode, args.score)
-    recipe.check_can_shard(args, device)
     with ranks.together():
-        run = RunFolder(Path(args.output_dir) / args.run_name, args.overwrite, args.resume)
-        step = resumed_step(run.path, args) if args.resume else 0
+        run = recipe.open_run(args)
         task = load_data(args)
         reader = load_reader(args, task.modality)
-        autocast_dtype = compute_dtype(args.precision, device)
         classes = Classes(task.modality, task.labels, args.seed, args.disable_dropout)
-        load = partial(load_classifier, args.model, classes, device=device,
+        load = partial(load_classifier, args.model, classes, device=run.device,
                        pad_token_id=reader.pad_token_id if task.modality == "text" else None)
-        model = load(autocast_dtype)
+        model = load(run.autocast_dtype)
         encoder = encoder_of(reader, model, args.max_length)
-        judge = ClassifierJudge(load, task, encoder, args.eval_batch, autocast_dtype)
+        judge = ClassifierJudge(load, task, encoder, args.eval_batch, run.autocast_dtype)
         rows = encoder.rows(task.train)
         longest = max((*rows, *judge.validation_rows, *judge.test_rows), key=encoder.length)
         check_classifier(model, encoder.batch([longest]))
-        if mode.score:
+        if run.mode.chooses_units:
             modes.check_sites(model, args.partial, args.units)
     parameters = {"dense": count_parameters(model)["total"]}
 
     # ---------------------------------------------------------------- select
     selection, sites, flops = None, [], {}
-    if mode.score:
-        selection, sites, flops["selection"] = select(args, mode, model, judge, run.path, clock)
-    run.start(asdict(args), wandb(args), step)
-    if selection is not None:
-        ranks.on_first(lambda: selection.save(run.path / SELECTION))
-    clock.add("training", run.seconds)
+    if run.mode.score and not run.growing:
+        selection, sites, flops["selection"] = select(args, run, model, judge)
+    run.begin(selection)
 
     # ---------------------------------------------------------------- then train
-    lora = modes.Lora(args.lora_r, args.lora_alpha, args.lora_dropout)
-    modes.prepare(mode, model, selection, lora, args.head, args.tune_attn)
-    parameters |= {name: count for name, count in count_parameters(model).items() if name != "total"}
+    parameters |= run.prepare(model, selection)
     flops["training"] = judge.training_flops(model, rows, args.num_epoch)
     validate = (lambda: judge.validate(model)) if args.eval_epochs else None
-    with clock.lap("training"):
-        arguments = loop_arguments(args, run.path, device, autocast_dtype)
-        train(model, encoder, rows, arguments, logged(run, task), validate, args.resume, run.seconds)
+    arguments = loop_arguments(args, run.path, run.device, run.autocast_dtype)
+    with run.clock.lap("training"):
+        train(model, encoder, rows, arguments, logged(run.folder, task), validate, args.resume, run.folder.seconds,
+              run.growing)
     peak = peak_memory_bytes()
 
     # ---------------------------------------------------------------- measure
-    with clock.lap("evaluation"):
-        modes.merge_adapters(model)
-        flops["inference"] = judge.inference_flops(model)
-        parameters |= {"kept": count_parameters(model)["total"], **kept_fractions(selection)}
-        pad_sites(model, GPU_MULTIPLE if device.type == "cuda" else 1)
+    with run.clock.lap("evaluation"):
+        kept, flops["inference"] = run.deploy(model, selection, judge, has_new_head=True)
         measured = judge.test(model, run.path)
-        throughput = ranks.on_first(lambda: judge.throughput(model, is_sliced=selection is not None))
+        throughput = ranks.on_first(lambda: judge.throughput(model, is_sliced=run.mode.cuts))
         if args.eval_restored:
             measured["accuracy"]["restored"] = judge.restored(model)
 
     # ---------------------------------------------------------------- ship and report
-    ranks.on_first(lambda: ship(model, encoder, run.path / "checkpoint", selection is not None))
+    ranks.on_first(lambda: recipe.ship(model, reader, run.path / "checkpoint", run.mode.cuts))
     source = [] if args.source_task is None else [f"on {args.source_task}"]
-    results = {
-        "recipe": "train_classifier", **recipe.described(args, mode, task.name, device, *source), **measured,
-        "parameters": parameters, "flops": flops, "throughput": throughput, "peak_memory_bytes": peak,
-        "seconds": clock.seconds(), "sites": sites}
-    if ranks.is_first():
-        report.write_report(run.path, results)
-        run.finish(results)
-        print("\n".join([*report.summary_lines(results), f"report: {run.path / 'report.html'}"]))
+    run.finish({
+        "recipe": "train_classifier", **recipe.described(run, task.name, *source), **measured,
+        "parameters": parameters | kept, "flops": flops, "throughput": throughput, "peak_memory_bytes": peak,
+        "seconds": run.clock.seconds(), "sites": run.sites(sites)})
     return 0
 
 
@@ -149,23 +123,18 @@ def load_reader(args: ClassifierArgs, modality: str) -> PreTrainedTokenizerBase 
     return load_processor(args.model, args.image_size) if modality == "image" else load_tokenizer(args.model)
 
 
-def select(args: ClassifierArgs, mode: Mode, model: PreTrainedModel, judge: ClassifierJudge, folder: Path,
-           clock: Clock) -> tuple[Selection, list[dict[str, object]], int]:
+def select(args: ClassifierArgs, run: Run, model: PreTrainedModel,
+           judge: ClassifierJudge) -> tuple[Selection, list[dict[str, object]], int]:
     """The selection, its sites for the record, and the FLOPs of making it."""
     from stt.dataset.classification import balanced_subset
     from stt.loading import check_classifier
-    from stt.selecting import measured_for
 
     task, ratio = judge.task, args.active_sample_ratio
     if args.source_task is not None:
         task, ratio = source(args, task.modality), args.source_ratio or ratio
     rows = judge.encoder.rows(balanced_subset(task.train, ratio, len(task.labels), args.seed))
     check_classifier(model, judge.encoder.batch([max(rows, key=judge.encoder.length)]))
-    batches = recipe.batches_of(rows, args.eval_batch, judge.encoder.batch)
-    with clock.lap("selection"):
-        selection, sites = recipe.select(args, mode, model, batches, None, folder)
-    methods, head_score = measured_for(["stt", mode.score], args.units)
-    return selection, sites, judge.selection_flops(model, rows, methods, args.compensate or "none", head_score)
+    return recipe.select(run, model, judge, rows, judge.encoder.batch, None)
 
 
 def source(args: ClassifierArgs, modality: str) -> LabelTask:
@@ -199,21 +168,6 @@ def logged(run: RunFolder, task: LabelTask) -> object:
     """`run.log`, the validation under the name of the task's first metric."""
     named = {"validation_accuracy": f"validation_{task.metrics[0]}"}
     return lambda **numbers: run.log(**{named.get(name, name): value for name, value in numbers.items()})
-
-
-def ship(model: PreTrainedModel, encoder: Encoder, folder: Path, is_sliced: bool) -> None:
-    """The trained model and its tokenizer or image processor, for stt.load or plain from_pretrained; no value is
-    rounded. Raises TrainingFailed if it cannot be written."""
-    from stt import checkpoint
-    from stt.surgery import widest_dtype
-    from util.files import writing
-
-    with writing(folder, "the last checkpoint is kept"):
-        if is_sliced:
-            checkpoint.save(model, folder, encoder.reader)
-        else:
-            model.to(widest_dtype(model.parameters())).save_pretrained(folder)
-            encoder.reader.save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -3,18 +3,22 @@
 
     python benchmarks/kills.py --work kills --out benchmarks/KILLS.md       200 kills; stopped, it goes on where it was
 
-A training that saves after every step is ended by SIGKILL at a random moment of its first 1.5 normal durations, and
-started again, until it is complete; then the next one begins. "forked": processes forked from one that
-has everything imported, which train a tiny decoder, neurons selected, dropout 0.1. "fresh": `train_llm.py` on the
-shipped model as a process of its own, imports, selection, evaluation and report included. After every kill the newest
-checkpoint that is whole must be of the last step but one in the record, or later, and of no earlier step than after the
-kill before; in the end the weights must be, bitwise, those of a training that nobody killed.
+A run that saves after every step is ended by SIGKILL and started again, until it is complete; then the next one begins.
+The moment is drawn uniformly from the first 1.5 normal durations, or, where steps are left and at most half of the
+kills so far hit the training, from the time those steps take, counted from when the training began. "forked": processes
+forked from one that has everything imported, which train a tiny decoder, neurons selected, dropout 0.1. "fresh":
+`train_llm.py` on the shipped model as a process of its own, imports, selection, evaluation and report included. Where a
+kill hit is read off what it left: "before training", no record of this start; "after training", a whole checkpoint of
+the last step. After every kill the newest checkpoint that is whole must be of the last step but one in the record, or
+later, and of no earlier step than after the kill before; in the end the weights must be, bitwise, those of the run that
+nobody killed.
 """
 from __future__ import annotations
 
 import argparse
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -24,16 +28,25 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 KILLS = {"forked": 180, "fresh": 20}
+PHASES = ("before training", "training", "after training")
 STEPS = 12
-SHIPPED_RUN = ("--train_size", "16", "--train_batch", "4", "--num_epoch", "2", "--save_steps", "1", "--log_interval",
+SHIPPED_RUN = ("--train_size", "64", "--train_batch", "4", "--num_epoch", "2", "--save_steps", "1", "--log_interval",
                "1", "--no_eval_epochs", "--active_sample_ratio", "1")
 
 
 # ---------------------------------------------------------------- what is killed
+
+
+def warm_up() -> None:
+    """Import what the forked children need, before they are forked."""
+    import stt.selecting
+    import stt.stt_transformer
+    import stt.trainers.sft  # noqa: F401
 
 
 def train_tiny(folder: Path) -> None:
@@ -129,15 +142,38 @@ def digest(tensors: dict[str, object]) -> str:
     return total.hexdigest()
 
 
-def attempt(kind: str, folder: Path, seconds: float) -> dict[str, object]:
+def has_begun(folder: Path, started: float) -> bool:
+    """Whether a process that was started at `started` (seconds since 1970) has come to its training."""
+    record = folder / "args.json"
+    return record.exists() and record.stat().st_mtime >= started
+
+
+def phase(folder: Path, started: float, saved: int, steps: int) -> str:
+    """How far a process came that was started at `started` to train `steps` steps."""
+    if not has_begun(folder, started):
+        return "before training"
+    return "training" if saved < steps else "after training"
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When to kill: after so many seconds, from the start or from when the training has begun."""
+
+    seconds: float
+    in_training: bool = False
+
+
+def attempt(kind: str, folder: Path, moment: Moment, steps: int = STEPS) -> dict[str, object]:
     """Start, wait, kill; what happened."""
-    before = saved_step(folder)
+    before, started = saved_step(folder), time.time()
     child = START[kind](folder)
-    until = time.monotonic() + seconds
+    until = math.inf if moment.in_training else time.monotonic() + moment.seconds
     ended = 0
     while not ended and time.monotonic() < until:
         time.sleep(min(0.005, max(0.0, until - time.monotonic())))
         ended, status = os.waitpid(child, os.WNOHANG)
+        if until == math.inf and has_begun(folder, started):
+            until = time.monotonic() + moment.seconds
     if not ended:
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
@@ -146,24 +182,43 @@ def attempt(kind: str, folder: Path, seconds: float) -> dict[str, object]:
     return {"kind": kind, "killed": is_killed, "dead": not is_killed and status != 0,
             "complete": (folder / "results.json").exists(), "saved": saved,
             "lost": max(0, recorded_step(folder) - 1 - saved), "backwards": max(0, before - saved),
+            "phase": phase(folder, started, saved, steps) if is_killed else None,
             "while_saving": is_killed and any((folder / ".saving").glob("*"))}
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Seconds that a run takes which nobody kills, and its training alone; its steps."""
+
+    whole: float
+    training: float
+    steps: int
+
+    @classmethod
+    def of(cls, folder: Path, started: float) -> Clock:
+        """Of a complete run, started at `started` (seconds since 1970)."""
+        steps = saved_step(folder)
+        trained = (folder / f"checkpoint-{steps}" / "manifest.json").stat().st_mtime
+        return cls(time.time() - started, trained - (folder / "args.json").stat().st_mtime, steps)
+
+    def moment(self, rows: Sequence[dict[str, object]], saved: int, chance: random.Random) -> Moment:
+        """When to kill the next start, of a run of which `saved` steps are saved, after the attempts `rows`."""
+        hits = sum(row["phase"] == "training" for row in rows)
+        if saved < self.steps and 2 * hits <= sum(row["killed"] for row in rows):
+            return Moment(chance.uniform(0, self.training * (1 - saved / self.steps)), in_training=True)
+        return Moment(chance.uniform(0, 1.5 * self.whole))
 
 
 def battery(kind: str, kills: int, work: Path, seed: int) -> list[dict[str, object]]:
     """What happened in each attempt until `kills` of them were killed; goes on with what is noted in `work`."""
     work.mkdir(parents=True, exist_ok=True)
     notes, reference = work / f"{kind}.jsonl", work / f"{kind}-reference"
-    if not (reference / "results.json").exists():
-        shutil.rmtree(reference, ignore_errors=True)
-        started = time.monotonic()
-        if attempt(kind, reference, 600)["dead"]:
-            raise SystemExit(f"the training in {reference} fails without being killed")
-        (work / f"{kind}-seconds").write_text(str(time.monotonic() - started))
-    longest, expected = float((work / f"{kind}-seconds").read_text()), weights(kind, reference)
+    clock, expected = reference_clock(kind, reference), weights(kind, reference)
     rows = [json.loads(line) for line in notes.read_text().splitlines()] if notes.exists() else []
     while sum(row["killed"] for row in rows) < kills:
         folder = work / f"{kind}-{sum(row['complete'] for row in rows)}"
-        row = attempt(kind, folder, random.Random(f"{seed} {kind} {len(rows)}").uniform(0, 1.5 * longest))
+        chance = random.Random(f"{seed} {kind} {len(rows)}")
+        row = attempt(kind, folder, clock.moment(rows, saved_step(folder), chance), clock.steps)
         if row["complete"]:
             row["equal"] = weights(kind, folder) == expected
             shutil.rmtree(folder)
@@ -173,6 +228,18 @@ def battery(kind: str, kills: int, work: Path, seed: int) -> list[dict[str, obje
     return rows
 
 
+def reference_clock(kind: str, folder: Path) -> Clock:
+    """The clock of the run that nobody kills, which is run if it is not there yet."""
+    measured = folder.with_name(f"{folder.name}.json")
+    if not measured.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        started = time.time()
+        if attempt(kind, folder, Moment(600))["dead"]:
+            raise SystemExit(f"the training in {folder} fails without being killed")
+        measured.write_text(json.dumps(asdict(Clock.of(folder, started))))
+    return Clock(**json.loads(measured.read_text()))
+
+
 # ---------------------------------------------------------------- the table
 
 
@@ -180,6 +247,7 @@ def summary(kind: str, rows: Sequence[dict[str, object]]) -> dict[str, object]:
     """The numbers of one row of the table."""
     complete = [row for row in rows if row["complete"]]
     return {"": kind, "kills": sum(row["killed"] for row in rows),
+            **{f"of these {name}": sum(row["phase"] == name for row in rows) for name in PHASES},
             "of these while saving": sum(row["while_saving"] for row in rows),
             "starts": len(rows), "dead starts": sum(row["dead"] for row in rows),
             "steps lost beyond the last save": sum(row["lost"] for row in rows),
@@ -210,8 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
     import transformers
 
-    import stt.trainers.sft  # noqa: F401  (the forked children have everything imported)
-
+    warm_up()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

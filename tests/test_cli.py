@@ -5,13 +5,13 @@ import ast
 import dataclasses
 import subprocess
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import fake_run
 import pytest
+from flags_read import fields_read
 from scripts_loader import load_script
 from tyro.conf import arg
 
@@ -280,17 +280,6 @@ def test_missing_perplexity_text(shipped):
 # ---------------------------------------------------------------- every flag is read, nothing heavy is imported
 
 
-def fields_read(texts: Iterable[str]) -> set[str]:
-    """Every x of an `args.x` that is read in a function with a parameter `args` of a recipe's flags."""
-    found = set()
-    for function in (node for text in texts for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)):
-        given = {ast.unparse(parameter) for parameter in (*function.args.posonlyargs, *function.args.args)}
-        if given & {"args: LLMArgs", "args: RunArgs", "args: Args"}:
-            found |= {node.attr for node in ast.walk(function) if isinstance(node, ast.Attribute)
-                      and isinstance(node.ctx, ast.Load) and ast.unparse(node.value) == "args"}
-    return found
-
-
 def test_no_dead_flag_in_train_llm():
     flags = ("arguments.py", "llm_arguments.py", "verbs.py")
     library = [source for source in (ROOT / "stt").rglob("*.py") if source.name not in flags]
@@ -304,16 +293,19 @@ def test_what_counts_as_reading_a_flag():
 def main(args: LLMArgs): return lambda: args.lr + parser.args.wd
 def other(args: TrainingArguments): return args.fp16
 def third(args): return args.seed
+def fourth(run: Run):
+    args = run.args
+    return args.wd
 """
-    assert fields_read([text]) == {"lr"}
+    assert fields_read([text]) == {"lr", "wd"}
 
 
 # ---------------------------------------------------------------- one list of names, wherever it is written
 
 
 def test_modes_agree():
-    names = set(get_args(arguments.Mode))
-    assert names == set(modes.MODES) == set(load_script("compare_modes").MODES) == set(plots.MODE_COLOURS)
+    assert set(get_args(arguments.Mode)) == set(modes.MODES) == set(load_script("compare_modes").MODES)
+    assert set(get_args(arguments.AnyMode)) == modes.MODES.keys() | modes.IN_PLACE.keys() == plots.MODE_COLOURS.keys()
 
 
 def test_head_policies_agree():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from classifying import results, run, write_picture, write_pictures, write_table
-from test_cli import fields_read
+from flags_read import fields_read
 
 from stt import arguments
 from stt.arguments import CHECKOUT, resolve_model
