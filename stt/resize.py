@@ -339,7 +339,7 @@ class _Replay(WeightlessTrace):
         source.value = self._next(name, source.value)
         return source
 
-    def _positive(self, value: Tensor) -> Tensor:
+    def _between(self, low: float, high: float, value: Tensor) -> Tensor:
         return self._next(self._parameters.get(id(value)) or self._buffers[id(value)], value)
 
     def _next(self, name: str, like: Tensor) -> Tensor:

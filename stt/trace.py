@@ -132,13 +132,16 @@ class WeightlessTrace(TorchFunctionMode):
             return value
         if id(value) not in self._leaves:
             if id(value) in self._parameters:
-                copy = self._between(0.5, 1.5, value)
-                self.sources.append(Source(self._parameters[id(value)], copy, is_parameter=True))
-            else:
-                copy = torch.ones_like(value, device="cpu") if value.is_meta else value.detach().to("cpu", copy=True)
-                copy = copy.float() if copy.is_floating_point() else copy
-            self._leaves[id(value)] = copy
+                return self._stand_in(value, 0.5, 1.5)
+            copy = torch.ones_like(value, device="cpu") if value.is_meta else value.detach().to("cpu", copy=True)
+            self._leaves[id(value)] = copy.float() if copy.is_floating_point() else copy
         return self._leaves[id(value)]
+
+    def _stand_in(self, parameter: Tensor, low: float, high: float) -> Tensor:
+        """The leaf of the trace in place of a parameter."""
+        leaf = self._leaves[id(parameter)] = self._between(low, high, parameter)
+        self.sources.append(Source(self._parameters[id(parameter)], leaf, is_parameter=True))
+        return leaf
 
     def _between(self, low: float, high: float, value: Tensor) -> Tensor:
         """A leaf of such values in place of the tensor, whatever it holds: a model that is not loaded yet has the same
@@ -151,8 +154,8 @@ class WeightlessTrace(TorchFunctionMode):
         """A random leaf instead of the product; its shape is computed on the meta device. A convolution of every
         channel by itself is computed."""
         if product.kind == DEPTHWISE:
-            args, kwargs = pytree.tree_map(self._real, (args, kwargs))
             self._convolve_lightly(self._own[self._name_of(weight)])
+            args, kwargs = pytree.tree_map(self._real, (args, kwargs))
             return func(*args, **kwargs)
         name = self._name_of(weight)
         x = self._real(product.x)
@@ -165,11 +168,10 @@ class WeightlessTrace(TorchFunctionMode):
     def _convolve_lightly(self, weight: Tensor) -> None:
         """Marks a weight that convolves every channel by itself. Its values are as small as there are many, so that
         what it returns is no larger than what it reads: a ReLU6 behind it would be flat."""
-        leaf = self._real(weight)
-        source = next(source for source in self.sources if source.value is leaf)
-        if not source.is_depthwise:
-            source.is_depthwise = True
-            leaf.data /= leaf[0].numel()
+        count = weight.shape[1:].numel()
+        leaf = self._leaves[id(weight)] if id(weight) in self._leaves else \
+            self._stand_in(weight, 0.5 / count, 1.5 / count)
+        next(source for source in self.sources if source.value is leaf).is_depthwise = True
 
     def _on_meta(self, value: object) -> object:
         if not isinstance(value, Tensor):
