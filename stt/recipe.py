@@ -33,8 +33,9 @@ logger = logging.getLogger(__name__)
 SELECTION = "selection.safetensors"
 GPU_MULTIPLE = 128  # kept neurons of a site are padded to a multiple of this for inference on a GPU
 DEV_SHARE = 0.1  # of the training data, held out by --dev_mode
-MAY_CHANGE = ("resume", "overwrite", "eval_restored", "log_interval", "save_steps", "output_dir", "ppl_text",
-              "use_wandb", "wandb_project", "wandb_entity", "wandb_run_name")  # between a run and its resumption
+# between a run and its resumption
+MAY_CHANGE = ("resume", "overwrite", "eval_restored", "log_interval", "save_steps", "activation_checkpointing",
+              "output_dir", "ppl_text", "use_wandb", "wandb_project", "wandb_entity", "wandb_run_name")
 PARTS_OF_UPDATE = ("train_batch", "gradient_accumulation_steps")  # so may these, if an update keeps its size
 Row = TypeVar("Row")
 
@@ -56,6 +57,17 @@ class Run:
     def path(self) -> Path:
         return self.folder.path
 
+    def check(self, model: PreTrainedModel) -> None:
+        """Raises InputError for a model that cannot be sliced, or not be trained in as little memory, as asked for."""
+        from stt.modes import check_sites
+        from stt.trainers.memory import check_can_recompute
+
+        args = self.args
+        if self.mode.score:
+            check_sites(model, args.partial, args.units)
+        if args.activation_checkpointing:
+            check_can_recompute(model)
+
     def begin(self, selection: Selection | None) -> None:
         """The first write: the run folder, and the selection in it."""
         self.folder.start(asdict(self.args), wandb(self.args), self.step)
@@ -67,10 +79,13 @@ class Run:
         """The model sliced, adapted and frozen as the mode says; the numbers of parameters it trains."""
         from stt import modes
         from stt.surgery import count_parameters
+        from stt.trainers.memory import recompute
 
         args = self.args
         lora = modes.Lora(args.lora_r, args.lora_alpha, args.lora_dropout)
         modes.prepare(self.mode, model, selection, lora, args.head, args.tune_attn)
+        if args.activation_checkpointing:
+            recompute(model)
         return {name: count for name, count in count_parameters(model).items() if name != "total"}
 
     def deploy(self, model: PreTrainedModel, selection: Selection | None, judge: Judge | ClassifierJudge
@@ -80,6 +95,8 @@ class Run:
         from stt import modes
         from stt.surgery import count_parameters, pad_sites
 
+        if self.args.activation_checkpointing:
+            model.activation_checkpointing_disable()
         modes.merge_adapters(model)
         kept, flops = count_parameters(model)["total"], judge.inference_flops(model)
         pad_sites(model, GPU_MULTIPLE if self.device.type == "cuda" else 1)

@@ -18,6 +18,7 @@ from stt.recipe import kept_fraction
 from stt.selecting import Budget
 from stt.selection import Selection
 from stt.surgery import count_parameters
+from stt.trainers.memory import recompute
 from util.utils import set_seed
 
 Log = Callable[..., None]
@@ -132,7 +133,11 @@ def _prepare(args: RunArgs, mode: modes.Mode, model: PreTrainedModel, selection:
 
 def _train(bench: Bench, args: RunArgs, model: PreTrainedModel, folder: Path, log: Log) -> None:
     arguments = bench.arguments(args, folder)
+    if args.activation_checkpointing:
+        recompute(model)
     bench.train(model, replace(arguments, save_strategy="no", eval_strategy="no"), log)
+    if args.activation_checkpointing:
+        model.activation_checkpointing_disable()
 
 
 def _kept(selection: Selection | None) -> dict[str, float]:
