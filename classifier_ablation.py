@@ -33,6 +33,7 @@ def main(args: ClassifierAblationArgs) -> int:
     later."""
     from stt import modes
     from stt.ablation import study
+    from stt.dataset.base import limit_validation
     from stt.dataset.classification.encode import encoder_of
     from stt.evaluate.classifier import ClassifierJudge
     from stt.loading import check_classifier, compute_dtype
@@ -43,7 +44,7 @@ def main(args: ClassifierAblationArgs) -> int:
     args = resolve(args)
     recipe.hide_bars()
     plan, device = study.plan(args), pick_device()
-    task = load_data(args)
+    task = limit_validation(load_data(args), args.val_size, args.seed)
     if task.is_regression:
         raise InputError(f"{task.name} predicts a quantity, and answers are compared that are right or wrong: give a "
                          "task with classes.")

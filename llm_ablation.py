@@ -33,6 +33,7 @@ def main(args: LLMAblationArgs) -> int:
     later."""
     from stt import modes
     from stt.ablation import study
+    from stt.dataset.base import limit_validation
     from stt.distill import load_teacher
     from stt.evaluate.llm import Judge
     from stt.loading import check_decoder, compute_dtype, load_tokenizer
@@ -45,7 +46,8 @@ def main(args: LLMAblationArgs) -> int:
     recipe.hide_bars()
     plan, device = study.plan(args), pick_device()
     tokenizer = load_tokenizer(args.model)
-    task, source = load_data(args, tokenizer), load_source(args)
+    task = limit_validation(load_data(args, tokenizer), args.val_size, args.seed)
+    source = load_source(args)
     dtype = compute_dtype(args.precision, device)
     judge = Judge(args.model, task, tokenizer, read_text(args.ppl_text), args.eval_batch, args.max_length,
                   args.apply_chat_template, dtype)

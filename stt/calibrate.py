@@ -182,7 +182,7 @@ def _show(model: nn.Module, sites: Sites, observers: list[Observer], inputs: dic
     """Run one batch past the observers."""
     with observing(model, observers), eager_experts(model):
         if with_gradients:
-            _summed_loss(model, inputs).backward()
+            summed_loss(model, inputs).backward()
             return
         with suppress(Done):
             body_of(model, sites)(**{name: value for name, value in inputs.items()
@@ -207,7 +207,7 @@ def last_site(model: nn.Module, sites: Mapping[str, Site], needs: set[str]) -> s
     return list(sites)[-1] if is_called_once and is_one_kind and not is_chunked and "gradients" not in needs else None
 
 
-def _summed_loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+def summed_loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """Cross-entropy summed over labelled tokens (next-token shifted for causal models)."""
     inputs = dict(inputs)
     is_causal = model.loss_function is LOSS_MAPPING["ForCausalLM"] and not model.config.is_encoder_decoder

@@ -53,7 +53,7 @@ def save(model: PreTrainedModel, directory: str | Path,
     selection = _selection_of(model)
     if not is_sliced(Path(directory)):
         check_free(Path(directory))
-    kind = _named_class(type(model).__name__, f"a {type(model).__name__}")
+    kind = named_class(type(model).__name__, f"a {type(model).__name__}")
     plain = empty_model(kind, copy.deepcopy(model.config), model.config.dtype, "meta")
     _check_no_adapter(model.state_dict(), plain.state_dict().keys() | _down_biases(model))
     with written_whole(Path(directory)) as part:
@@ -153,7 +153,7 @@ def empty_model(kind: type[PreTrainedModel], config: PreTrainedConfig, dtype: to
 def class_and_config(directory: Path) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     """The class and the config a folder names. Raises InputError if this transformers has no such class."""
     names = _config_of(directory).get("architectures") or ["no architecture"]
-    kind = _named_class(names[0], str(directory / CONFIG))
+    kind = named_class(names[0], str(directory / CONFIG))
     return kind, kind.config_class.from_pretrained(directory)
 
 
@@ -186,7 +186,8 @@ def _weight_files(directory: Path) -> list[Path]:
     return files
 
 
-def _named_class(name: str, origin: str) -> type[PreTrainedModel]:
+def named_class(name: str, origin: str) -> type[PreTrainedModel]:
+    """The model class that a config names. Raises InputError if this transformers has no such class."""
     kind = getattr(transformers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         raise InputError(f"{origin} names {name!r}, which transformers {transformers.__version__} does not have: "

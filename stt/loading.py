@@ -74,6 +74,30 @@ def load_trained(name: str, autocast_dtype: torch.dtype | None, device: torch.de
     return load_model(folder, autocast_dtype, device)
 
 
+def load_unrounded(name: str, like: PreTrainedModel | None = None) -> tuple[PreTrainedModel, set[str]]:
+    """The dense model in the class its config names, or built `like` another one, in float32 or wider, so that no
+    weight is rounded; and the tensors that its files lack or have in another shape.
+
+    Raises InputError if there is no such model, its files are damaged, it is sliced, or of another type than `like`.
+    """
+    folder = model_folder(name)
+    with _reading("the model", name, "config.json and weights"), _quiet():
+        config = AutoConfig.from_pretrained(folder)
+        if hasattr(config, "stt"):
+            raise InputError(f"{name} is sliced, so that its weights stand elsewhere than in the dense model: give what "
+                             "`stt export --to dense` makes of it")
+        if like is not None and config.model_type != like.config.model_type:
+            raise InputError(f"{name} is of type {config.model_type} and the other model {like.config.model_type}: give "
+                             "two models of one kind")
+        kind = checkpoint.named_class((config.architectures or ["no architecture"])[0], name) if like is None else \
+            type(like)
+        config = config if like is None else copy.deepcopy(like.config)
+        dtype = torch.promote_types(config.dtype or torch.float32, torch.float32)
+        model, loaded = kind.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True,
+                                             ignore_mismatched_sizes=True)
+    return model, {*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])}
+
+
 def model_folder(name: str) -> str:
     """The checkpoint of a run folder; any other name as it is."""
     folder = Path(name).expanduser() / "checkpoint"

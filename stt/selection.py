@@ -99,10 +99,11 @@ class Selection(Mapping[str, Tensor]):
     # ------------------------------------------------------------ file
 
     def save(self, path: str | Path) -> None:
-        """One safetensors file, int32 ids, values, JSON metadata; written beside and renamed, so never half there."""
+        """One safetensors file: ids in int32 where they fit, values, JSON metadata; written beside and renamed, so
+        never half there."""
         path = Path(path)
         temporary = path.with_name(path.name + ".part")
-        tensors = {site: ids.to(torch.int32).contiguous() for site, ids in self.items()}
+        tensors = {site: _narrowed(ids) for site, ids in self.items()}
         tensors |= {VALUES + name: value.contiguous() for name, value in self.new_values.items()}
         save_file(tensors, temporary, metadata={"stt": json.dumps(self.meta)})
         os.replace(temporary, path)
@@ -129,6 +130,11 @@ class Selection(Mapping[str, Tensor]):
         values = {name.removeprefix(VALUES): value for name, value in tensors.items() if name.startswith(VALUES)}
         units = {name: value for name, value in tensors.items() if not name.startswith(VALUES)}
         return cls({site: units[site] for site in (*meta.get("widths", ()), *units) if site in units}, meta, values)
+
+
+def _narrowed(ids: Tensor) -> Tensor:
+    """Sorted ids in int32 if they fit."""
+    return ids.to(torch.int32 if not len(ids) or ids[-1] < 2 ** 31 else torch.int64).contiguous()
 
 
 def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:

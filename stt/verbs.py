@@ -129,6 +129,18 @@ class EvalArgs:
             raise InputError("no task given; name those of lm-evaluation-harness, as in --harness arc_easy.")
 
 
+@dataclass(frozen=True)
+class VerifyArgs:
+    """Check that training changed selected weights and nothing else, bit for bit; exit code 1 if it did."""
+
+    base: Annotated[str, Positional, arg(metavar="BASE")]
+    """the model before training: folder, hub id or alias"""
+    tuned: Annotated[str, Positional, arg(metavar="TUNED")]
+    """the model after it: run folder, folder of a model or hub id"""
+    selection: Annotated[str, Positional, arg(metavar="SELECTION")]
+    """file of the selection, or of the patch"""
+
+
 def report(args: ReportArgs) -> None:
     """`stt report`"""
     from stt.report import compare, load_run
@@ -205,9 +217,20 @@ def sweep(args: SweepArgs) -> int:
     return 0
 
 
+def verify(args: VerifyArgs) -> int:
+    """`stt verify`"""
+    base, tuned = resolve_model(args.base), resolve_model(args.tuned)
+    from stt.selective_optimizers.verify import table, verify_folders
+
+    found = verify_folders(base, tuned, args.selection)
+    sys.stdout.write(table(found))
+    return 0 if found.is_exact else 1
+
+
 VERBS: dict[str, tuple[Callable[..., int | None], type]] = {
     "report": (report, ReportArgs), "sites": (sites, SitesArgs), "export": (export, ExportArgs),
-    "eval": (evaluate, EvalArgs), "plan": (plan, PlanArgs), "sweep": (sweep, SweepArgs)}
+    "eval": (evaluate, EvalArgs), "plan": (plan, PlanArgs), "sweep": (sweep, SweepArgs),
+    "verify": (verify, VerifyArgs)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

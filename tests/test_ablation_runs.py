@@ -171,3 +171,8 @@ def test_help_is_quick(program: str) -> None:
     """Nothing heavy is imported before there is something to do."""
     code = f"import sys, {program}; assert not {{'torch', 'transformers', 'matplotlib'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_trials_are_compared_on_a_part_of_the_validation_data(small: list[str], tmp_path: Path) -> None:
+    assert ablate(small, tmp_path, "--mode", "random", "--lrs", "1e-3,3e-3", "--seeds", "1", "--val_size", "2") == 0
+    assert [row["n"] for row in rows_of(tmp_path)][:2] == [2, 2]

@@ -9,6 +9,7 @@ from tokenizers.processors import TemplateProcessing
 
 from stt import dataset
 from stt.dataset import Example, Task, boolq, clutrr, multiple_choice
+from stt.dataset.base import limit_validation
 from stt.errors import InputError
 
 TASKS = sorted(EXPECTED)
@@ -190,3 +191,12 @@ def test_limit() -> None:
     assert dataset.limit(task, 10, seed=2).train != ten
     with pytest.raises(InputError, match="train_size"):
         dataset.limit(task, -1, seed=1)
+
+
+def test_limit_validation() -> None:
+    task = small_task(20)
+    assert limit_validation(task, 0, seed=1) is task
+    few = limit_validation(replace(task, validation=task.train), 5, seed=1)
+    assert len(few.validation) == 5
+    assert set(few.validation) < set(task.train)
+    assert few.train == task.train

@@ -46,6 +46,8 @@ class AblationFlags:
     test_size: Annotated[int | None, arg(metavar="INT")] = None
     """test on so many new stories of the shipped clutrr's kind (default: 5000, with one seed 2000); 0 = the task's own
     test data"""
+    val_size: int = 0
+    """validation examples that compare the trials, drawn with --seed; 0 = all"""
     keep_ratios: Annotated[str | None, arg(metavar="A,B,...")] = None
     """compare at each of these shares kept of every site (like --keep_ratio, several times)"""
     active_thresholds: Annotated[str, arg(metavar="A,B,...")] = "-0.1,0.01"
@@ -63,6 +65,7 @@ class AblationFlags:
                 raise InputError(f"{name} has no meaning in an ablation ({why}); leave it out.")
         check_ranges(self, ((("seeds",), lambda x: x >= 1, "1 or more"),
                             (("test_size",), lambda x: x >= 0, "0 (= the task's own) or more"),
+                            (("val_size",), lambda x: x >= 0, "0 (= all) or more"),
                             (("recovery_lr",), *ABOVE_0)))
         for name, check in (("lrs", ABOVE_0), ("keep_ratios", IN_01), ("active_thresholds", FINITE),
                             ("active_sample_ratios", IN_01)):

@@ -223,6 +223,13 @@ def limit(task: SomeData, train_size: int, seed: int) -> SomeData:
     return replace(task, train=split_off(task.train, train_size, seed)[0])
 
 
+def limit_validation(task: SomeData, size: int, seed: int) -> SomeData:
+    """The task with `size` random validation examples; 0 = all, as where there are no more."""
+    if size == 0 or size >= len(task.validation):
+        return task
+    return replace(task, validation=split_off(task.validation, size, seed)[0])
+
+
 def complete_splits(splits: dict[str, list[Item]], name: str) -> dict[str, list[Item]]:
     """Train, validation and test. Without a test split validation takes its place (BoolQ on the hub publishes no test
     labels); without a validation split a fixed random tenth of train becomes it. Both are logged."""

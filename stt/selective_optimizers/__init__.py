@@ -1,0 +1,1 @@
+"""Selective optimizers: choose single weights, rows or whole parts of a model under one exact budget; train those."""

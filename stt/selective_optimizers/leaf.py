@@ -1,0 +1,208 @@
+"""Training selected weights in place: every tensor stays frozen, and a leaf beside it holds the selected values.
+
+The model computes what it always did, on its own tensors. The backward pass yields the gradient of the leaves alone, so
+that any optimizer, scheduler, clipping, scaler, Trainer or DDP works on few numbers; after a step of any torch
+optimizer the values go back into their places.
+"""
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers.pytorch_utils import Conv1D
+
+from stt.errors import InputError
+from stt.selection import Selection
+from stt.selective_optimizers.in_place import in_place
+from stt.selective_optimizers.route import LinearOfInputs, LinearOfOutputs, Route
+from stt.selective_optimizers.weights import axis_of, check_fits, is_of_weights, is_whole, named_tensors, read, write
+
+LEAF = "_selected"  # after the name of a tensor: the module that holds what of it trains
+ATTACHED = "stt_attached"  # attribute of a model
+
+
+class Leaf(nn.Module):
+    """What trains of one tensor: `values`, float32 or wider, shaped as weights.read returns them."""
+
+    def __init__(self, owner: nn.Module, attribute: str, axis: int | None, ids: Tensor):
+        super().__init__()
+        tensor = owner._parameters[attribute]
+        self._home, self.axis = (owner, attribute), axis  # in a tuple: the owner is no part of its leaf
+        self.register_buffer("ids", ids.to(tensor.device), persistent=False)
+        wide = torch.promote_types(tensor.dtype, torch.float32)
+        self.values = nn.Parameter(read(tensor.detach(), axis, ids).to(wide))
+        self._introduce()
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        """The frozen tensor, with the gradient routed here."""
+        return Route.apply(tensor, self.values, self.axis, self.ids)
+
+    @property
+    def tensor(self) -> Tensor:
+        owner, attribute = self._home
+        return owner._parameters[attribute]
+
+    def sync(self) -> None:
+        """Put the values into their tensor."""
+        write(self.tensor, self.axis, self.ids, self.values.detach())
+
+    def _introduce(self) -> None:
+        self.values.stt_leaf = weakref.ref(self)
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        super().__setstate__(state)
+        self._introduce()  # a copy's values know the copy
+
+
+@dataclass(frozen=True)
+class Attached:
+    """What `attach` did: the selection, the values it started from, by tensor, and what trained before."""
+
+    selection: Selection
+    start: Mapping[str, Tensor]
+    trained_before: frozenset[str]
+
+
+def attach(model: nn.Module, selection: Selection) -> nn.Module:
+    """Freeze the model but for the selected weights, which train in place; the model.
+
+    `selection` is one of weights (select_weights), or of neurons or heads, whose rows and columns then train while the
+    others stay and are computed. Selected weights are float32 parameters (or wider) whatever the dtype of the model; a
+    tensor of which everything is selected trains itself. Values go into their tensors after every step of a torch
+    optimizer; after another way of changing them call `sync(model)`. `detach` ends it.
+
+    Raises InputError, before anything changes, if the model is attached already or the selection is of another one.
+
+    >>> stt.attach(model, stt.select_weights(model, score="smallest", budget=320_000))
+    >>> optimizer = torch.optim.AdamW(stt.selected_parameters(model))
+    """
+    if hasattr(model, ATTACHED):
+        raise InputError("weights of this model are attached already: stt.detach(model) first")
+    selection = selection if is_of_weights(selection) else in_place(model, selection)
+    tensors = named_tensors(model)
+    check_fits(selection, tensors)
+    start = {name: read(tensors[name].detach(), axis_of(selection, name), ids).cpu().clone()
+             for name, ids in selection.items()}
+    before = frozenset(name for name, tensor in tensors.items() if tensor.requires_grad)
+    model.requires_grad_(False)
+    for name, ids in selection.items():
+        tensor, axis = tensors[name], axis_of(selection, name)
+        if is_whole(tensor, axis, ids):
+            tensor.data = tensor.data.to(torch.promote_types(tensor.dtype, torch.float32))
+            tensor.requires_grad_(True)
+        else:
+            _add_leaf(model, tensor, axis, ids)
+    setattr(model, ATTACHED, Attached(selection, start, before))
+    return model
+
+
+def detach(model: nn.Module) -> Selection:
+    """The plain model again, with the trained values in their places; the selection. Raises InputError if no weights
+    are attached."""
+    attached = _attached(model)
+    sync(model)
+    for module in list(model.modules()):
+        if "_selected_from" in module.__dict__:
+            module.__class__ = module.__dict__.pop("_selected_from")
+            module.__dict__.pop("_leaves")
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, Leaf):
+                delattr(module, name)
+    for name, tensor in model.named_parameters():
+        tensor.requires_grad_(name in attached.trained_before)
+    delattr(model, ATTACHED)
+    return attached.selection
+
+
+def sync(model: nn.Module) -> None:
+    """Put the values of every leaf into its tensor, as a step of a torch optimizer does by itself."""
+    for module in model.modules():
+        if isinstance(module, Leaf):
+            module.sync()
+
+
+def selected_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What an optimizer trains. Raises InputError if no weights are attached."""
+    _attached(model)
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def trained_values(model: nn.Module) -> dict[str, Tensor]:
+    """The selected values as they are now, by tensor, shaped as weights.read returns them."""
+    selection = _attached(model).selection
+    leaves = {id(module.tensor): module.values for module in model.modules() if isinstance(module, Leaf)}
+    tensors = named_tensors(model)
+    return {name: leaves.get(id(tensors[name]), tensors[name]).detach() for name in selection}
+
+
+def _attached(model: nn.Module) -> Attached:
+    if not hasattr(model, ATTACHED):
+        raise InputError("no weights of this model are attached: stt.attach(model, selection) first")
+    return getattr(model, ATTACHED)
+
+
+def _add_leaf(model: nn.Module, tensor: nn.Parameter, axis: int | None, ids: Tensor) -> None:
+    """A leaf on the first module that has the tensor, which all that have it (a tied head) read through."""
+    leaf = None
+    for module in list(model.modules()):
+        for attribute, parameter in list(module._parameters.items()):
+            if parameter is tensor:
+                if leaf is None:
+                    leaf = Leaf(module, attribute, axis, ids)
+                    module.add_module(attribute + LEAF, leaf)
+                _read_through(module, attribute, leaf)
+
+
+def _read_through(module: nn.Module, attribute: str, leaf: Leaf) -> None:
+    """Let `module.attribute` be the tensor with its gradient routed to the leaf, wherever it is read."""
+    plain = module.__dict__.get("_selected_from", type(module))
+    leaves = {**module.__dict__.get("_leaves", {}), attribute: (leaf,)}
+    has_rows = plain in (nn.Linear, Conv1D) and "weight" in leaves and leaves["weight"][0].axis is not None
+    module.__class__ = _reading(plain, tuple(sorted(leaves)), has_rows)
+    module.__dict__.update(_selected_from=plain, _leaves=leaves)
+
+
+@functools.cache
+def _reading(plain: type[nn.Module], attributes: tuple[str, ...], has_rows: bool) -> type[nn.Module]:
+    """A subclass that reads these tensors through their leaves; a linear layer with selected rows or columns multiplies
+    only those in its backward pass."""
+    body: dict[str, object] = {attribute: property(_through(attribute)) for attribute in attributes}
+    if has_rows:
+        body["forward"] = _linear
+    return type(plain.__name__, (plain,), body | {"__module__": plain.__module__})
+
+
+def _through(attribute: str) -> Callable[[nn.Module], Tensor]:
+    def tensor(self: nn.Module) -> Tensor:
+        frozen = self._parameters[attribute]
+        return self._leaves[attribute][0](frozen) if torch.is_grad_enabled() else frozen
+    return tensor
+
+
+def _linear(self: nn.Linear | Conv1D, x: Tensor) -> Tensor:
+    leaf, weight = self._leaves["weight"][0], self._parameters["weight"]
+    bias, values = self.bias, leaf.values
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    axis = leaf.axis
+    if self._selected_from is Conv1D:  # which keeps (D, F)
+        weight, values, axis = weight.T, values.T, 1 - axis
+    return (LinearOfOutputs if axis == 0 else LinearOfInputs).apply(x, weight, bias, values, leaf.ids)
+
+
+def _sync_after(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            leaf = getattr(parameter, "stt_leaf", None)
+            if leaf is not None and leaf() is not None:
+                leaf().sync()
+
+
+register_optimizer_step_post_hook(_sync_after)

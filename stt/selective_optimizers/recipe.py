@@ -1,0 +1,83 @@
+"""What the training recipes do in the modes that train a model's weights where they are."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from stt.arguments import RunArgs
+from stt.selection import Selection
+from stt.selective_optimizers.in_place import in_place
+from stt.selective_optimizers.leaf import ATTACHED, attach, detach, patch_of
+from stt.selective_optimizers.optimizer import SelectiveOptimizer
+from stt.selective_optimizers.patch import Patch
+from stt.selective_optimizers.select import select_weights
+from stt.selective_optimizers.weights import is_of_weights, named_tensors, sizes, with_whole
+from stt.selective_optimizers.wrap import get_selective_optimizer
+from stt.surgery import head_parameters, train_only, untie_head
+
+PATCH = "patch.safetensors"  # in a run folder: what was trained, and by how much
+
+
+def choose(model: nn.Module, score: str, args: RunArgs) -> Selection:
+    """`--budget` weights outside the head, by a score that needs no data. Raises InputError as select_weights does."""
+    if args.head == "untie":
+        untie_head(model)
+    options = {"include_norm": args.include_norm} if score == "bias" else {}
+    return select_weights(model, score=score, budget=args.budget, exclude=list(head_parameters(model)), seed=args.seed,
+                          **options)
+
+
+def prepare(model: nn.Module, selection: Selection | None, head: str) -> list[str]:
+    """Freeze the model but for the selected weights, neurons or heads, and the head as a whole; None is for an optimizer
+    that chooses while it trains. Names of what trains."""
+    if head == "untie":
+        untie_head(model)
+    heads = {} if head == "freeze" else head_parameters(model)
+    if selection is None:
+        return train_only(model, [name for name in named_tensors(model) if name not in head_parameters(model)], head)
+    chosen = selection if is_of_weights(selection) else in_place(model, selection)
+    attach(model, with_whole(chosen, named_tensors(model), heads))
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+@dataclass
+class Growing:
+    """Makes the optimizer that chooses weights at every step, once it is known how many there are, and keeps it."""
+
+    args: RunArgs
+    optimizer: SelectiveOptimizer | None = field(default=None)
+
+    def __call__(self, model: nn.Module, steps: int) -> SelectiveOptimizer:
+        args, heads = self.args, head_parameters(model)
+        trained = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+        whole = [tensor for name, tensor in trained.items() if name in heads]
+        body = [tensor for name, tensor in trained.items() if name not in heads]
+        groups = [{"params": body}, *([{"params": whole, "choose_all": True}] if whole else [])]
+        budget = weights_in(args.budget, sum(p.numel() for p in body)) + sum(p.numel() for p in whole)
+        kind = get_selective_optimizer(torch.optim.AdamW, "id3")
+        self.optimizer = kind(groups, lr=args.lr, weight_decay=args.wd, budget=budget, max_steps=steps,
+                              exp=args.d3_exp, eps=args.d3_eps, bias_correction=args.bias_correction,
+                              max_grad_norm=args.max_grad_norm or None)
+        return self.optimizer
+
+
+def finished(model: nn.Module, growing: Growing | None) -> Patch | None:
+    """What was trained in place, and the plain model again; None if nothing was."""
+    if growing is not None:
+        return growing.optimizer.patch(model)
+    if not hasattr(model, ATTACHED):
+        return None
+    patch = patch_of(model)
+    detach(model)
+    return patch
+
+
+def described(selection: Selection, model: nn.Module) -> list[dict[str, object]]:
+    """The tensors of a selection of weights for the record."""
+    tensors = named_tensors(model)
+    return [{"name": name, "units": "weights", "width": tensors[name].numel(), "kept": count}
+            for name, count in sizes(selection, tensors).items()]

@@ -1,0 +1,23 @@
+"""Biases, all alike: the first of the model up to the budget. BitFit, arxiv.org/abs/2106.10199."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stt.selective_optimizers.scores.base import Seen, WeightScore
+
+
+@dataclass(frozen=True)
+class Bias(WeightScore):
+    """`include_norm` takes every other tensor of one dimension too: the scales of norms."""
+
+    include_norm: bool = False
+
+    def result(self, name: str, tensor: Tensor, seen: Seen) -> Tensor:
+        is_chosen = name.rpartition(".")[2] == "bias" or (self.include_norm and tensor.dim() == 1)
+        return torch.full_like(tensor, 0.0 if is_chosen else -torch.inf)
+
+
+make = Bias
