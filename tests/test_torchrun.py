@@ -141,6 +141,21 @@ def test_two_processes_go_on_where_two_or_one_were(one, two, small, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("flags", [["--pack"], ["--distill", "kl"], ["--group_by_length"],
+                                   ["--activation_checkpointing"],
+                                   ["--pack", "--distill", "kl", "--group_by_length"]], ids=" ".join)
+def test_ways_to_train(flags, one, small, tmp_path):
+    """The same updates by packed rows of two examples, by a teacher in each process, and in batches of one length."""
+    assert run(small, tmp_path / "one", *FLAGS, *flags) == 0
+    done = torchrun(small, tmp_path / "two", *flags)
+    assert done.returncode == 0, done.stderr
+    check_same_run(tmp_path / "two", tmp_path / "one")
+    plain, losses = ([row["loss"] for row in rows(folder) if "loss" in row] for folder in (one, tmp_path / "two"))
+    is_other = "--distill" in flags or "--group_by_length" in flags
+    assert (losses != pytest.approx(plain, rel=1e-3)) == is_other
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--lr", "-1"], ["--data_dir", "/none"]], ids=" ".join)
 def test_bad_input_ends_every_process_with_one_sentence(flags, small, tmp_path):
     done = torchrun(small, tmp_path, *flags)
