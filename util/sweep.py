@@ -196,7 +196,8 @@ class Children:
                 signal.signal(number, handler)
 
     def run(self, command: list[str], environment: Environment, output: IO[bytes] | None, lock: IO[str]) -> int:
-        """The exit code of the command (128 + the signal that ended it).
+        """The exit code of the command (128 + the signal that ended it; STOPPED if that was ours, which it did not hear
+        yet).
 
         It has a process group of its own, so that the Ctrl-C of a terminal reaches it only through us.
         """
@@ -207,6 +208,8 @@ class Children:
             self._tell(child)
         code = child.wait()
         self._running.discard(child)
+        if code == -signal.SIGTERM and child in self._told:
+            return STOPPED
         return code if code >= 0 else 128 - code
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
