@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -91,20 +91,33 @@ def one(small, tmp_path_factory) -> Path:
     return folder
 
 
+def of_two_examples(rank: int, small: list[str], folder: Path, flags: Sequence[str] = ()) -> int:
+    """The exit code of one of two processes, as torchrun's."""
+    return run(small, folder, *FLAGS, "--train_batch", "2", *flags)
+
+
 @pytest.fixture(scope="module")
 def two(small, tmp_path_factory) -> Path:
     """That of two processes."""
     folder = tmp_path_factory.mktemp("two")
-    done = torchrun(small, folder)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("test accuracy") == 1
-    assert done.stderr.count("step 12  ") == 2  # a row of training and one of validation
+    assert in_two(of_two_examples, tmp_path_factory.mktemp("said"), small, folder) == (0, 0)
     return folder
 
 
 def test_two_processes_are_as_one(one, two):
     check_same_run(two, one)
     assert (results(two)["processes"], results(one)["processes"]) == (2, 1)
+
+
+@pytest.mark.slow
+def test_torchrun_itself(two, small, tmp_path):
+    """The processes it starts are those of the other tests, and one of them speaks."""
+    done = torchrun(small, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("test accuracy") == 1
+    assert done.stderr.count("step 12  ") == 2  # a row of training and one of validation
+    assert (tmp_path / "run/checkpoint/model.safetensors").read_bytes() == \
+        (two / "run/checkpoint/model.safetensors").read_bytes()
 
 
 def unfinished(folder: Path, after: Path) -> Path:
@@ -137,11 +150,6 @@ def test_two_processes_go_on_where_two_or_one_were(one, two, small, tmp_path):
         (two / "run/checkpoint/model.safetensors").read_bytes()
     assert torchrun(small, unfinished(one, tmp_path / "more"), "--resume").returncode == 0
     check_same_run(tmp_path / "more", one)
-
-
-def of_two_examples(rank: int, small: list[str], folder: Path, flags: list[str]) -> int:
-    """The exit code of one of two processes, as torchrun's."""
-    return run(small, folder, *FLAGS, "--train_batch", "2", *flags)
 
 
 WAYS = [["--pack"], ["--distill", "kl"], ["--group_by_length"], ["--activation_checkpointing"]]
