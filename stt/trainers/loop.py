@@ -24,6 +24,7 @@ from transformers.trainer_utils import unwrap_peft_model
 from stt import stopping
 from stt.arguments import RunArgs
 from stt.errors import InputError, TrainingFailed
+from stt.selective_optimizers.trainer import MakeOptimizer, SelectiveTrainerMixin
 from stt.trainers import checkpoints, memory, shard
 from stt.trainers.callbacks import Bar, Record, Saving, any_rank, ends_epoch, failure, last_good
 from util import ranks
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 PROGRESS = "stt_state.json"  # in a checkpoint: what goes on with it besides Trainer's own files
 
 
-class RecordedTrainer(Trainer):
+class RecordedTrainer(SelectiveTrainerMixin, Trainer):
     """Trainer with these differences: `evaluate` measures what `validate()` returns; a loss that is no number ends the
     training; checkpoints are sealed (stt/trainers/checkpoints.py); a batch that does not fit is trained in parts."""
 
@@ -240,9 +241,10 @@ def training_arguments(args: RunArgs, folder: Path, device: torch.device,
 
 def train(model: nn.Module, rows: Sequence[object], collate: Callable[[Sequence[object]], dict[str, Tensor]],
           arguments: TrainingArguments, log: Callable[..., None], validate: Callable[[], float] | None = None,
-          resume: bool = False, seconds_before: float = 0.0) -> TrainerState:
+          resume: bool = False, seconds_before: float = 0.0,
+          make_optimizer: MakeOptimizer | None = None) -> TrainerState:
     """Train what requires gradients on `rows`, batched by `collate`; the state after the last step. `seconds_before`
-    were spent before a resumption.
+    were spent before a resumption. `make_optimizer` takes the place of AdamW.
 
     A stop that is asked for (stt/stopping.py) ends the process after the step and its checkpoint. Raises TrainingFailed
     for a loss or gradient that is not a number, for too little memory and for a checkpoint that cannot be written, and
@@ -254,6 +256,7 @@ def train(model: nn.Module, rows: Sequence[object], collate: Callable[[Sequence[
     try:
         trainer = RecordedTrainer(model=model, args=arguments, train_dataset=list(rows), data_collator=collate,
                                   eval_dataset=[] if validate else None, validate=validate,
+                                  make_optimizer=make_optimizer,
                                   callbacks=[Record(log, seconds_before), Saving()])
         trainer.remove_callback(PrinterCallback)
         if trainer.pop_callback(ProgressCallback):
@@ -292,7 +295,9 @@ def check_same_selection(model: nn.Module) -> None:
 
 def digest_of_selection(model: nn.Module) -> str | None:
     """sha256 over the kept units of every site; None for a model that is not sliced."""
-    selection = getattr(unwrap_peft_model(model), "stt_selection", None)
+    model = unwrap_peft_model(model)
+    attached = getattr(model, "stt_attached", None)
+    selection = attached.selection if attached else getattr(model, "stt_selection", None)
     if selection is None:
         return None
     digest = hashlib.sha256()

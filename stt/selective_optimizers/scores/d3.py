@@ -25,7 +25,10 @@ class D3(WeightScore):
 
 def d3(tensor: Tensor, gradient: Tensor, exp: float, eps: float) -> Tensor:
     """|g| / (|w| + eps)^exp of every weight."""
-    return gradient.abs() if exp == 0 else gradient.abs() / (tensor.abs() + eps).pow(exp)
+    if exp == 0:
+        return gradient.abs()
+    divisor = tensor.abs().add_(eps)
+    return gradient.abs().div_(divisor if exp == 1 else divisor.pow_(exp))
 
 
 make = D3
