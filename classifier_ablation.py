@@ -38,6 +38,7 @@ def main(args: ClassifierAblationArgs) -> int:
     from stt.dataset.classification.encode import encoder_of
     from stt.evaluate.classifier import ClassifierJudge
     from stt.loading import check_classifier, compute_dtype
+    from stt.trainers.memory import check_can_recompute
     from util.utils import pick_device
 
     # ---------------------------------------------------------------- everything that can be wrong, before any write
@@ -60,6 +61,8 @@ def main(args: ClassifierAblationArgs) -> int:
     check_classifier(model, encoder.batch([max(rows, key=encoder.length)]))
     if any(arm.mode.chooses_units for arm in plan.arms):
         modes.check_sites(model, args.partial, args.units)
+    if args.activation_checkpointing:
+        check_can_recompute(model)
 
     # ---------------------------------------------------------------- train, measure, compare
     folder = study.open_folder(args)

@@ -39,6 +39,7 @@ def main(args: LLMAblationArgs) -> int:
     from stt.evaluate.llm import Judge
     from stt.loading import check_decoder, compute_dtype, load_tokenizer
     from stt.packing import find_packing
+    from stt.trainers.memory import check_can_recompute
     from util.utils import pick_device
 
     # ---------------------------------------------------------------- everything that can be wrong, before any write
@@ -57,6 +58,8 @@ def main(args: LLMAblationArgs) -> int:
     judge.check_lengths(model, bench.encoded)
     if any(arm.mode.chooses_units for arm in plan.arms):
         modes.check_sites(model, args.partial, args.units)
+    if args.activation_checkpointing:
+        check_can_recompute(model)
     if args.pack:
         bench = replace(bench, packing=find_packing(model, bench.encoded))
     if args.distill != "none":

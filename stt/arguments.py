@@ -204,6 +204,8 @@ class RunArgs:
     """test the epoch with the best validation accuracy instead of the last one"""
     eval_restored: bool = False
     """also test with the removed units put back after training"""
+    activation_checkpointing: bool = False
+    """keep only what enters a layer, and compute the rest a second time: less memory for about a third more time"""
     fsdp: bool = False
     """shard weights, gradients and optimizer over the GPUs of torchrun's processes (docs/many_processes.md)"""
     run_name: str | None = None

@@ -20,6 +20,7 @@ from stt.selection import Selection
 from stt.selective_optimizers import recipe as in_place
 from stt.selective_optimizers.recipe import Growing
 from stt.surgery import count_parameters
+from stt.trainers.memory import recompute
 from util.utils import set_seed
 
 Log = Callable[..., None]
@@ -145,7 +146,11 @@ def _prepare(args: RunArgs, mode: modes.Mode, model: PreTrainedModel, selection:
 def _train(bench: Bench, args: RunArgs, model: PreTrainedModel, folder: Path, log: Log,
            growing: Growing | None = None) -> None:
     arguments = bench.arguments(args, folder)
+    if args.activation_checkpointing:
+        recompute(model)
     bench.train(model, replace(arguments, save_strategy="no", eval_strategy="no"), log, growing)
+    if args.activation_checkpointing:
+        model.activation_checkpointing_disable()
 
 
 def _kept(selection: Selection | None) -> dict[str, float]:
