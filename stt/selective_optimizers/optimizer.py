@@ -34,6 +34,8 @@ OWN = ("budget", "schedule", "max_grad_norm", "_base", "_arguments", "_together"
        "_start_of_whole", "_digests", "_catcher")  # attributes that a copy needs, too
 CORRECTIONS = ("global", "entry")
 GATHERS = ("step", "backward")
+PASSES = ("there were more backward passes before a step than accumulation_steps= says, and the schedule chooses by their "
+          "sum: say how many, or take gather=\"step\"")
 
 
 class SelectiveOptimizer(Optimizer):
@@ -85,12 +87,21 @@ class SelectiveOptimizer(Optimizer):
                 loss = closure()
         self._follow_devices()
         whole = [tensor.grad for tensor in (self._whole | self._active()).values() if tensor.grad is not None]
-        gradients = self._catcher.kept if self._catcher is not None else dense(self._candidates)
+        gradients = dense(self._candidates)
+        if self._catcher is not None:
+            if gradients.keys() & self._catcher.kept.keys():
+                raise InputError(PASSES)
+            gradients |= self._catcher.kept
         if whole or gradients:
             self._step(gradients, whole)
         if self._catcher is not None:
             self._catcher.clear()
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        if self._catcher is not None:
+            self._catcher.clear()
 
     def _step(self, gradients: Mapping[str, Dense | Kept], whole: list[Tensor]) -> None:
         new = self._number_of_new()
@@ -150,8 +161,7 @@ class SelectiveOptimizer(Optimizer):
         new = self._number_of_new()
         if before is not None:
             if new:
-                raise InputError("several backward passes before a step, and a schedule that chooses by their sum: say "
-                                 "how many in accumulation_steps=, or take gather=\"step\"")
+                raise InputError(PASSES)
             before.add(tensor.grad)
             return before
         kept = Kept(tensor.grad, next(pool.ids[name] for pool in self._pools if name in pool.ids))
