@@ -56,13 +56,13 @@ def main(args: ClassifierArgs) -> int:
         rows = encoder.rows(task.train)
         longest = max((*rows, *judge.validation_rows, *judge.test_rows), key=encoder.length)
         check_classifier(model, encoder.batch([longest]))
-        if run.mode.score:
+        if run.mode.chooses_units:
             modes.check_sites(model, args.partial, args.units)
     parameters = {"dense": count_parameters(model)["total"]}
 
     # ---------------------------------------------------------------- select
     selection, sites, flops = None, [], {}
-    if run.mode.score:
+    if run.mode.score and not run.growing:
         selection, sites, flops["selection"] = select(args, run, model, judge)
     run.begin(selection)
 
@@ -72,24 +72,25 @@ def main(args: ClassifierArgs) -> int:
     validate = (lambda: judge.validate(model)) if args.eval_epochs else None
     arguments = loop_arguments(args, run.path, run.device, run.autocast_dtype)
     with run.clock.lap("training"):
-        train(model, encoder, rows, arguments, logged(run.folder, task), validate, args.resume, run.folder.seconds)
+        train(model, encoder, rows, arguments, logged(run.folder, task), validate, args.resume, run.folder.seconds,
+              run.growing)
     peak = peak_memory_bytes()
 
     # ---------------------------------------------------------------- measure
     with run.clock.lap("evaluation"):
-        kept, flops["inference"] = run.deploy(model, selection, judge)
+        kept, flops["inference"] = run.deploy(model, selection, judge, has_new_head=True)
         measured = judge.test(model, run.path)
-        throughput = ranks.on_first(lambda: judge.throughput(model, is_sliced=selection is not None))
+        throughput = ranks.on_first(lambda: judge.throughput(model, is_sliced=run.mode.cuts))
         if args.eval_restored:
             measured["accuracy"]["restored"] = judge.restored(model)
 
     # ---------------------------------------------------------------- ship and report
-    ranks.on_first(lambda: recipe.ship(model, reader, run.path / "checkpoint", selection is not None))
+    ranks.on_first(lambda: recipe.ship(model, reader, run.path / "checkpoint", run.mode.cuts))
     source = [] if args.source_task is None else [f"on {args.source_task}"]
     run.finish({
         "recipe": "train_classifier", **recipe.described(run, task.name, *source), **measured,
         "parameters": parameters | kept, "flops": flops, "throughput": throughput, "peak_memory_bytes": peak,
-        "seconds": run.clock.seconds(), "sites": sites})
+        "seconds": run.clock.seconds(), "sites": run.sites(sites)})
     return 0
 
 

@@ -59,26 +59,26 @@ def main(args: LLMArgs) -> int:
         packing = find_packing(model, encoded) if args.pack else None
         teacher = load_teacher(args.teacher, args.distill_weight, args.distill_temperature, model, tokenizer,
                                run.autocast_dtype) if args.distill != "none" else None
-        if run.mode.score:
+        if run.mode.chooses_units:
             modes.check_sites(model, args.partial, args.units)
     parameters, perplexity = {"dense": count_parameters(model)["total"]}, {"dense": judge.perplexity(model)}
 
     # ---------------------------------------------------------------- select
     selection, sites, flops = None, [], {}
-    if run.mode.score:
+    if run.mode.score and not run.growing:
         selection, sites, flops["selection"] = select(args, run, model, judge)
     run.begin(selection)
 
     # ---------------------------------------------------------------- then train
     parameters |= run.prepare(model, selection)
-    perplexity |= {"sliced": judge.perplexity(model)} if selection is not None else {}
+    perplexity |= {"sliced": judge.perplexity(model)} if run.mode.cuts else {}
     flops["training"] = judge.training_flops(model, encoded, args.num_epoch)
     flops |= {"teacher": teacher.flops(encoded, args.num_epoch)} if teacher else {}
     validate = run.clock.timed("validation", lambda: judge.accuracy(model, task.validation))
     arguments = training_arguments(args, run.path, run.device, run.autocast_dtype, args.group_by_length)
     with run.clock.lap("training"):
         train(model, encoded, tokenizer.pad_token_id, arguments, run.folder.log, validate if args.eval_epochs else None,
-              args.resume, run.folder.seconds, packing, teacher)
+              args.resume, run.folder.seconds, packing, teacher, run.growing)
     peak, speed = peak_memory_bytes(), training_speed(args, encoded, run.clock)
 
     # ---------------------------------------------------------------- measure
@@ -86,18 +86,18 @@ def main(args: LLMArgs) -> int:
         kept, flops["inference"] = run.deploy(model, selection, judge)
         accuracy, answer_loss = judge.test(model, run.path), judge.answer_loss(model)
         perplexity["trained"] = judge.perplexity(model)
-        throughput = ranks.on_first(lambda: judge.throughput(model, is_sliced=selection is not None))
+        throughput = ranks.on_first(lambda: judge.throughput(model, is_sliced=run.mode.cuts))
         if args.eval_restored:
             accuracy["restored"] = judge.restored(model)
 
     # ---------------------------------------------------------------- ship and report
-    ranks.on_first(lambda: ship(model, judge, run.path / "checkpoint", selection is not None))
+    ranks.on_first(lambda: ship(model, judge, run.path / "checkpoint", run.mode.cuts))
     part = [] if args.select_on == "all" else [f"on the {args.select_on}"]
     run.finish({
         "recipe": "train_llm", **recipe.described(run, task.name, *part), "accuracy": accuracy,
         "truncation": {"max_length": args.max_length, **lost}, "training_tokens_per_second": speed,
         "answer_loss": answer_loss, "perplexity": perplexity, "parameters": parameters | kept, "flops": flops,
-        "throughput": throughput, "peak_memory_bytes": peak, "seconds": run.clock.seconds(), "sites": sites})
+        "throughput": throughput, "peak_memory_bytes": peak, "seconds": run.clock.seconds(), "sites": run.sites(sites)})
     return 0
 
 

@@ -20,6 +20,7 @@ _HOME = {"select": "selecting", "apply": "stt_transformer", "train_only": "surge
          "load": "checkpoint", "restore": "checkpoint", "find_sites": "sites", "Selection": "selection",
          "find_heads": "heads", "select_weights": "selective_optimizers.select", "attach": "selective_optimizers.leaf",
          "detach": "selective_optimizers.leaf", "selected_parameters": "selective_optimizers.leaf",
+         "Patch": "selective_optimizers.patch", "patch_of": "selective_optimizers.leaf",
          "STTTracker": "stt_tracker", "STTTransformer": "stt_transformer", "STTLinear": "mlps.stt_linear",
          "STTLoraLinear": "stt_lora", "chunked_loss": "loss", "InputError": "errors"}
 _QUANTIZERS = "transformers.quantizers.auto"  # where from_pretrained looks up how a checkpoint is loaded

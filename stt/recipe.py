@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from stt.evaluate.llm import Judge
     from stt.modes import Mode
     from stt.selection import Selection
+    from stt.selective_optimizers.recipe import Growing
     from util.sinks import Sink
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class Run:
     folder: RunFolder
     step: int
     clock: Clock
+    growing: Growing | None = None  # makes the optimizer that chooses weights as it trains
 
     @property
     def path(self) -> Path:
@@ -66,24 +68,52 @@ class Run:
     def prepare(self, model: PreTrainedModel, selection: Selection | None) -> dict[str, int]:
         """The model sliced, adapted and frozen as the mode says; the numbers of parameters it trains."""
         from stt import modes
+        from stt.selective_optimizers import recipe as in_place
         from stt.surgery import count_parameters
 
         args = self.args
-        lora = modes.Lora(args.lora_r, args.lora_alpha, args.lora_dropout)
-        modes.prepare(self.mode, model, selection, lora, args.head, args.tune_attn)
+        if self.mode.is_in_place:
+            in_place.prepare(model, selection, args.head)
+        else:
+            lora = modes.Lora(args.lora_r, args.lora_alpha, args.lora_dropout)
+            modes.prepare(self.mode, model, selection, lora, args.head, args.tune_attn)
+        if self.growing:
+            return self.growing.counts(model)
         return {name: count for name, count in count_parameters(model).items() if name != "total"}
 
-    def deploy(self, model: PreTrainedModel, selection: Selection | None, judge: Judge | ClassifierJudge
-               ) -> tuple[dict[str, float], int]:
-        """The trained model as it is measured and shipped: adapters merged, its sites padded to widths that serve. What
-        it keeps, in parameters and shares, and the FLOPs of an inference before padding."""
+    def deploy(self, model: PreTrainedModel, selection: Selection | None, judge: Judge | ClassifierJudge,
+               has_new_head: bool = False) -> tuple[dict[str, float], int]:
+        """The trained model as it is measured and shipped: adapters merged, what trained in place written into the run
+        folder as a patch, its sites padded to widths that serve. What it keeps, in parameters and shares, and the FLOPs
+        of an inference before padding."""
         from stt import modes
         from stt.surgery import count_parameters, pad_sites
 
+        if self.mode.is_in_place:
+            self._write_patch(model, selection, has_new_head)
+            selection = None  # nothing is removed
         modes.merge_adapters(model)
         kept, flops = count_parameters(model)["total"], judge.inference_flops(model)
         pad_sites(model, GPU_MULTIPLE if self.device.type == "cuda" else 1)
         return {"kept": kept, **kept_fractions(selection)}, flops
+
+    def _write_patch(self, model: PreTrainedModel, selection: Selection | None, has_new_head: bool) -> None:
+        """What was trained, by how much, and for weights chosen in training which they are. The base model has no
+        values of a new head."""
+        from stt.selective_optimizers import recipe as in_place
+        from stt.surgery import head_parameters
+        from util.files import writing
+
+        patch = in_place.finished(model, self.growing, head_parameters(model) if has_new_head else ())
+        with writing(self.path / in_place.PATCH, "the last checkpoint is kept"):
+            if ranks.is_first():
+                patch.save(self.path / in_place.PATCH)
+                if selection is None:
+                    patch.selection.save(self.path / SELECTION)
+
+    def sites(self, before: list[dict[str, object]]) -> list[dict[str, object]]:
+        """The sites for the record: those known `before` the training, or what was chosen in it."""
+        return self.growing.tensors if self.growing else before
 
     def finish(self, results: Mapping[str, object]) -> None:
         """The report, results.json last, and a summary on the terminal."""
@@ -101,6 +131,7 @@ def open_run(args: RunArgs) -> Run:
     sharded."""
     from stt import modes
     from stt.loading import compute_dtype
+    from stt.selective_optimizers.recipe import Growing
 
     hide_bars()
     device, clock = pick_device(), Clock()
@@ -109,7 +140,8 @@ def open_run(args: RunArgs) -> Run:
     check_can_shard(args, device)
     folder = RunFolder(path_of(args), args.overwrite, args.resume)
     step = resumed_step(folder.path, args) if args.resume else 0
-    return Run(args, mode, device, compute_dtype(args.precision, device), folder, step, clock)
+    growing = Growing(args) if mode.trains == "growing" else None
+    return Run(args, mode, device, compute_dtype(args.precision, device), folder, step, clock, growing)
 
 
 def path_of(args: RunArgs) -> Path:
@@ -152,9 +184,14 @@ def select(run: Run, model: PreTrainedModel, judge: Judge | ClassifierJudge, row
     """
     from stt.modes import select_units
     from stt.selecting import Budget, measured_for
-    from stt.selection import Selection
+    from stt.selective_optimizers import recipe as in_place
 
     args = run.args
+    if run.mode.trains == "weights":
+        with run.clock.lap("selection"):
+            selection = ranks.broadcast(in_place.choose(model, run.mode.score, args))
+        check_same_selection(run, selection)
+        return selection, in_place.described(selection, model), 0
     compensate = args.compensate or "none"
     size = Budget(args.topk_ratio, args.keep_ratio, width=args.width, multiple_of=args.multiple_of,
                   heads_keep=args.heads_ratio)
@@ -164,12 +201,19 @@ def select(run: Run, model: PreTrainedModel, judge: Judge | ClassifierJudge, row
             run.mode, model, batches, tokenizer, size, args.active_threshold, args.seed, args.count_padding, select_on,
             compensate, args.min_tokens, args.units))
         sites = described_sites(selection, composition)
-    before = run.path / SELECTION
-    if args.resume and Selection.load(before).without_new_values() != selection.without_new_values():
-        raise InputError(f"{before} is not what this run selects now: the model or the data changed; start "
-                         "again with --overwrite")
+    check_same_selection(run, selection)
     methods, head_score = measured_for(["stt", run.mode.score], args.units)
     return selection, sites, judge.selection_flops(model, rows, methods, compensate, head_score)
+
+
+def check_same_selection(run: Run, selection: Selection) -> None:
+    """Raises InputError if a resumed run does not select what it did."""
+    from stt.selection import Selection
+
+    before = run.path / SELECTION
+    if run.args.resume and Selection.load(before).without_new_values() != selection.without_new_values():
+        raise InputError(f"{before} is not what this run selects now: the model or the data changed; start "
+                         "again with --overwrite")
 
 
 def described_sites(selection: Selection, composition: Mapping[str, Mapping[str, int]]) -> list[dict[str, object]]:
@@ -196,6 +240,7 @@ def described(run: Run, task: str, *more: str) -> dict[str, object]:
     recipe selects by."""
     args = run.args
     return {"mode": args.mode, "model": args.model, "task": task, "seed": args.seed,
+            "in_place": run.mode.is_in_place,
             "selected_by": selected_by(args, run.mode, *more), "head": args.head, "dev_mode": args.dev_mode,
             "versions": versions(), "git_commit": git_commit(), "device": str(run.device), "processes": ranks.world()}
 
@@ -209,6 +254,7 @@ def selected_by(args: RunArgs, mode: Mode, *more: str) -> str | None:
     parts = [*([] if args.units == "heads" else [mode.score]),
              *([] if args.compensate in (None, "none") else [f"compensated by {args.compensate}"]),
              *([] if args.units == "neurons" else [f"{matching(mode.score)} of heads"]),
+             *([] if mode.trains != "growing" else ["at every step"]),
              *more, *([] if args.preset == "published" else [f"preset {args.preset}"])]
     return ", ".join(parts)
 

@@ -79,7 +79,9 @@ def _summary(results: Mapping[str, object]) -> list[tuple[str, str]]:
               f"{amount(parameters['trained'])} trained ({amount(parameters['trained_without_head'])} without the "
               f"head; head {HEADS.get(results['head'], results['head'])})")]
     for units, sites in _by_units(results["sites"]).items():
-        rows.append((units, f"{_kept(sites)} kept in {len(sites)} sites, chosen by {results['selected_by']}"))
+        much = f"{sum(site['kept'] for site in sites):,} trained in {len(sites)} tensors" if units == "weights" else \
+            f"{_kept(sites)} {_verb(results)} in {len(sites)} sites"
+        rows.append((units, f"{much}, chosen by {results['selected_by']}"))
         rows += _agreement(sites)
     if "perplexity" in results:
         rows.append(("perplexity", arrows(results["perplexity"], ("dense", "sliced", "trained"), decimal)))
@@ -99,9 +101,14 @@ def _summary(results: Mapping[str, object]) -> list[tuple[str, str]]:
 
 
 def _by_units(sites: Sequence[Mapping[str, object]]) -> dict[str, list[Mapping[str, object]]]:
-    """The sites of neurons, and those of attention heads, of which there are any."""
-    kinds = {units: [site for site in sites if site["units"] == units] for units in ("neurons", "heads")}
+    """The sites of neurons, those of attention heads and the tensors of weights, of which there are any."""
+    kinds = {units: [site for site in sites if site["units"] == units] for units in ("neurons", "heads", "weights")}
     return {units: of_kind for units, of_kind in kinds.items() if of_kind}
+
+
+def _verb(results: Mapping[str, object]) -> str:
+    """What happens to the chosen units."""
+    return "trained" if results.get("in_place") else "kept"
 
 
 def _kept(sites: Sequence[Mapping[str, object]]) -> str:
@@ -139,7 +146,7 @@ def _speed_words(ratio: Mapping[str, float]) -> str:
 
 def _agreement(sites: Sequence[Mapping[str, object]]) -> list[tuple[str, str]]:
     """How far two halves of the data would have kept the same units."""
-    known = [site for site in sites if site["jaccard"] is not None]
+    known = [site for site in sites if site.get("jaccard") is not None]
     if not known:
         return []
     least = min(known, key=lambda site: site["jaccard"])
@@ -168,8 +175,8 @@ def _sections(results: Mapping[str, object], figures: Mapping[str, str]) -> list
     if "training" in figures:
         sections.append(Section("Training", "Faint: every logged step. Bold: smoothed.", figure=figures["training"]))
     for units, sites in _by_units(results["sites"]).items():
-        sections.append(Section(f"Kept {units}", f"Pale: the dense model's.{_what_a_head_is(sites)}", _site_rows(sites),
-                                figures[units]))
+        title = f"{_verb(results).capitalize()} {units}"
+        sections.append(Section(title, _what_is_shown(units, sites), _site_rows(sites), figures[units]))
     if "composition" in figures:
         sections.append(Section("Composition", "A neuron is kept if its mean pre-activation or its activation rate is "
                                 "among the largest of its site.", figure=figures["composition"]))
@@ -185,12 +192,15 @@ def _sections(results: Mapping[str, object], figures: Mapping[str, str]) -> list
     return sections
 
 
-def _what_a_head_is(sites: Sequence[Mapping[str, object]]) -> str:
-    """In words, for sites of heads."""
-    if sites[0]["units"] == "neurons":
-        return ""
+def _what_is_shown(units: str, sites: Sequence[Mapping[str, object]]) -> str:
+    """In words."""
+    if units == "weights":
+        return "Beside them the head trains, if it does. A tensor without any is left out."
+    if units == "neurons":
+        return "Pale: the dense model's."
     counts = sorted({site["query_heads_of_unit"] for site in sites})
-    return f" One is a key/value head with the {' or '.join(map(str, counts))} query head(s) that read it."
+    return ("Pale: the dense model's. One is a key/value head with the "
+            f"{' or '.join(map(str, counts))} query head(s) that read it.")
 
 
 def _class_rows(classes: Sequence[Mapping[str, object]]) -> list[list[str]]:
@@ -201,6 +211,10 @@ def _class_rows(classes: Sequence[Mapping[str, object]]) -> list[list[str]]:
 
 
 def _site_rows(sites: Sequence[Mapping[str, object]]) -> list[list[str]]:
+    if sites[0]["units"] == "weights":
+        rows = [[str(site["name"]), f"{site['width']:,}", f"{site['kept']:,}", percent(site["kept"] / site["width"])]
+                for site in sites]
+        return [["tensor", "weights", "trained", "share"], *rows]
     keys = ["width", "kept", *(key for key, _, _ in plots.COMPOSITION if key in sites[0])]
     rows = [[str(site["name"]), *(f"{site[key]:,}" for key in keys), decimal(site["jaccard"]),
              decimal(site["margin"])] for site in sites]
@@ -223,8 +237,11 @@ def _figures(folder: Path, results: Mapping[str, object]) -> dict[str, str]:
         plots.training_curve(rows, folder / "plots" / "training.png", results["mode"], _loss_name(results))
         drawn["training"] = "plots/training.png"
     for units, of_kind in _by_units(sites).items():
-        drawn[units] = "plots/kept.png" if units == "neurons" else "plots/kept_heads.png"
-        plots.kept_units(of_kind, folder / drawn[units], units)
+        drawn[units] = "plots/kept.png" if units == "neurons" else f"plots/kept_{units}.png"
+        if units == "weights":
+            plots.chosen_weights(of_kind, folder / drawn[units])
+        else:
+            plots.kept_units(of_kind, folder / drawn[units], units, _verb(results))
     neurons = _by_units(sites).get("neurons", [])
     if neurons and all(key in site for site in neurons for key, _, _ in plots.COMPOSITION):
         plots.composition(neurons, folder / "plots" / "composition.png")
@@ -276,7 +293,7 @@ def _html(title: str, sections: Sequence[Section], folder: Path, results: Mappin
     shares = {units: _kept(sites) for units, sites in _by_units(results["sites"]).items()} or {"neurons": percent(1.0)}
     cards = ((_score_name(results), percent(measured(results))),
              ("trained parameters", amount(parameters["trained"])),
-             *((f"{units} kept", share) for units, share in shares.items()),
+             *((f"{units} {_verb(results)}", share) for units, share in shares.items()),
              ("training", duration(results["seconds"]["training"])))
     return PAGE.format(title=html.escape(title), colour=plots.MODE_COLOURS.get(results["mode"], plots.INK),
                        cards="".join(f"<div><b>{value}</b><span>{name}</span></div>" for name, value in cards),

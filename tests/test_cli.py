@@ -304,8 +304,8 @@ def fourth(run: Run):
 
 
 def test_modes_agree():
-    names = set(get_args(arguments.Mode))
-    assert names == set(modes.MODES) == set(load_script("compare_modes").MODES) == set(plots.MODE_COLOURS)
+    assert set(get_args(arguments.Mode)) == set(modes.MODES) == set(load_script("compare_modes").MODES)
+    assert set(get_args(arguments.AnyMode)) == modes.MODES.keys() | modes.IN_PLACE.keys() == plots.MODE_COLOURS.keys()
 
 
 def test_head_policies_agree():

@@ -30,10 +30,10 @@ class Start:
 
 
 def difference(start: Tensor, trained: Tensor) -> tuple[Tensor, Exact]:
-    """trained - start, rounded, and the values that start + difference misses. Where nothing changed it is 0."""
+    """trained - start, rounded, and the values that start + difference misses."""
     wide = torch.promote_types(trained.dtype, torch.float32)
     start, trained = (value.detach().cpu().to(wide).contiguous() for value in (start, trained))
-    delta = torch.where(bits(start) == bits(trained), torch.zeros((), dtype=wide), trained - start)
+    delta = trained - start
     at = (bits(start + delta) != bits(trained)).flatten().nonzero().flatten()
     return delta, Exact(at, trained.flatten()[at])
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from stt.errors import InputError
 from stt.selection import Selection
 from stt.selective_optimizers.in_place import in_place
+from stt.selective_optimizers.patch import Patch
 from stt.selective_optimizers.route import LinearOfInputs, LinearOfOutputs, Route
 from stt.selective_optimizers.weights import axis_of, check_fits, is_of_weights, is_whole, named_tensors, read, write
 
@@ -139,6 +140,13 @@ def trained_values(model: nn.Module) -> dict[str, Tensor]:
     leaves = {id(module.tensor): module.values for module in model.modules() if isinstance(module, Leaf)}
     tensors = named_tensors(model)
     return {name: leaves.get(id(tensors[name]), tensors[name]).detach() for name in selection}
+
+
+def patch_of(model: nn.Module, new: Collection[str] = ()) -> Patch:
+    """What training changed so far, to keep and to put on the base model; `new` names tensors that the base has no
+    values of (a head drawn at random). Raises InputError if no weights are attached."""
+    attached = _attached(model)
+    return Patch.from_values(model, attached.selection, attached.start, trained_values(model), new)
 
 
 def _attached(model: nn.Module) -> Attached:

@@ -5,6 +5,7 @@ order in the model, so they become a Patch once the model is at hand.
 """
 from __future__ import annotations
 
+import io
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,11 +48,12 @@ def load_summary_from_disk(path: str | Path) -> Patch | PublishedSummary:
         raise InputError(f"no summary at {path}: give a file that write_summary_to_disk wrote")
     with open(path, "rb") as file:
         head = file.read(9)
-    if head[:4] != b"PK\x03\x04" and (head[:1] != b"\x80" or head[8:] == b"{"):  # no zip and no pickle
-        return Patch.load(path)
+        if head[:4] != b"PK\x03\x04" and (head[:1] != b"\x80" or head[8:] == b"{"):  # no zip and no pickle
+            return Patch.load(path)
+        content = io.BytesIO(head + file.read())  # in memory, so that an OSError is one of the disk
     try:
         with torch.serialization.safe_globals([(PublishedSummary, PUBLISHED_CLASS)]):
-            summary = torch.load(path, map_location="cpu", weights_only=True)
+            summary = torch.load(content, map_location="cpu", weights_only=True)
     except BROKEN as error:
         raise InputError(f"{path} is no summary of the public package, is damaged, or holds more than tensors: nothing "
                          "of it was run; write it again") from error

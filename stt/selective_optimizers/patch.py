@@ -167,8 +167,9 @@ class Patch:
         return cls(**patch_sum.added(patches, scales))
 
     def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
-        """One safetensors file (docs/patch_file.md): 8 bytes per weight, 6 with `dtype` bfloat16, which rounds the
-        deltas; rows and columns have one id for all their weights."""
+        """One safetensors file (docs/patch_file.md): 8 bytes per weight, 4 where whole rows or columns are selected,
+        and 8 more for each of `exact`. With `dtype` float32 or bfloat16 the deltas alone are kept, rounded to it: 8 or
+        6 bytes, and the weights come back to rounding. Raises InputError for another dtype."""
         patch_file.written(self, dtype).save(path)
 
     @classmethod

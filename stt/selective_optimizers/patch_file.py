@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 KIND = "patch"
 ENTRIES = ("kind", "patch")  # what a patch adds to the JSON of its selection
 EXACT_AT, EXACT, EXTRAS, WHERE = "exact_at/", "exact/", "extras/", "where/"  # before a name, after "values/"
-ROUNDED = {torch.bfloat16: "bfloat16"}
+ROUNDED = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 FLOATS = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def written(patch: Patch, dtype: torch.dtype | None) -> Selection:
-    """What goes into the file. With a dtype (bfloat16) the deltas are rounded and nothing is exact any more. Raises
-    InputError for another dtype."""
+    """What goes into the file. With a dtype the deltas are rounded to it and stand alone: nothing is exact any more.
+    Raises InputError for a dtype that it cannot be."""
     if dtype is not None and dtype not in ROUNDED:
-        raise InputError(f"a patch is saved as it is or in torch.bfloat16, got {dtype}")
+        raise InputError(f"a patch is saved as it is, or in torch.float32 or torch.bfloat16, got {dtype}")
     deltas = patch.deltas if dtype is None else {name: delta.to(dtype) for name, delta in patch.deltas.items()}
     parts = [(name, delta) for name, delta in deltas.items()]
     for name, exact in patch.exact.items() if dtype is None else ():

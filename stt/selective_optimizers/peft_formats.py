@@ -1,4 +1,4 @@
-"""A patch as an adapter of the PEFT library: its Super-Tuning format holds flat positions and the values added there."""
+"""A patch as an adapter of the PEFT library, in its Super-Tuning format: flat positions and what is added."""
 from __future__ import annotations
 
 import math
@@ -70,7 +70,7 @@ class Entries:
     def filled(self, module: str, n: int) -> dict[str, Tensor]:
         """PEFT's two tensors of this module. What fills them up adds 0 to the first weight."""
         short = n - len(self.at)
-        at, values = torch.cat([self.at, self.at.new_zeros(short)]), torch.cat([self.values, self.values.new_zeros(short)])
+        at, values = (torch.cat([part, part.new_zeros(short)]) for part in (self.at, self.values))
         return {f"{module}.supertuning_indices": at.to(torch.int32), f"{module}.supertuning_values": values}
 
 

@@ -1,23 +1,25 @@
 """What the training recipes do in the modes that train a model's weights where they are."""
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from stt.arguments import RunArgs
 from stt.selection import Selection
+from stt.selective_optimizers.amount import weights_in
 from stt.selective_optimizers.in_place import in_place
-from stt.selective_optimizers.leaf import ATTACHED, attach, detach, patch_of
-from stt.selective_optimizers.optimizer import SelectiveOptimizer
+from stt.selective_optimizers.leaf import attach, detach, patch_of
 from stt.selective_optimizers.patch import Patch
 from stt.selective_optimizers.select import select_weights
 from stt.selective_optimizers.weights import is_of_weights, named_tensors, sizes, with_whole
-from stt.selective_optimizers.wrap import get_selective_optimizer
 from stt.surgery import head_parameters, train_only, untie_head
+
+if TYPE_CHECKING:
+    from stt.selective_optimizers.optimizer import SelectiveOptimizer
 
 PATCH = "patch.safetensors"  # in a run folder: what was trained, and by how much
 
@@ -49,30 +51,50 @@ class Growing:
     """Makes the optimizer that chooses weights at every step, once it is known how many there are, and keeps it."""
 
     args: RunArgs
-    optimizer: SelectiveOptimizer | None = field(default=None)
+    optimizer: SelectiveOptimizer | None = None
+    tensors: list[dict[str, object]] | None = None  # for the record, when the training is over
 
     def __call__(self, model: nn.Module, steps: int) -> SelectiveOptimizer:
-        args, heads = self.args, head_parameters(model)
-        trained = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
-        whole = [tensor for name, tensor in trained.items() if name in heads]
-        body = [tensor for name, tensor in trained.items() if name not in heads]
-        groups = [{"params": body}, *([{"params": whole, "choose_all": True}] if whole else [])]
-        budget = weights_in(args.budget, sum(p.numel() for p in body)) + sum(p.numel() for p in whole)
+        from stt.selective_optimizers.wrap import get_selective_optimizer
+
+        args = self.args
+        body, head = _split(model)
+        groups = [{"params": body}, *([{"params": head, "choose_all": True}] if head else [])]
         kind = get_selective_optimizer(torch.optim.AdamW, "id3")
-        self.optimizer = kind(groups, lr=args.lr, weight_decay=args.wd, budget=budget, max_steps=steps,
-                              exp=args.d3_exp, eps=args.d3_eps, bias_correction=args.bias_correction,
-                              max_grad_norm=args.max_grad_norm or None)
+        self.optimizer = kind(groups, lr=args.lr, weight_decay=args.wd, budget=self._budget(body) + _count(head),
+                              max_steps=steps, exp=args.d3_exp, eps=args.d3_eps,
+                              bias_correction=args.bias_correction, max_grad_norm=args.max_grad_norm or None)
         return self.optimizer
 
+    def counts(self, model: nn.Module) -> dict[str, int]:
+        """How many parameters will be trained when the training is over, and how many of them outside the head."""
+        body, head = _split(model)
+        return {"trained": self._budget(body) + _count(head), "trained_without_head": self._budget(body)}
 
-def finished(model: nn.Module, growing: Growing | None) -> Patch | None:
-    """What was trained in place, and the plain model again; None if nothing was."""
-    if growing is not None:
-        return growing.optimizer.patch(model)
-    if not hasattr(model, ATTACHED):
-        return None
-    patch = patch_of(model)
-    detach(model)
+    def _budget(self, body: list[nn.Parameter]) -> int:
+        return weights_in(self.args.budget, _count(body))
+
+
+def _split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """What trains of the body, and of the head."""
+    heads = head_parameters(model)
+    trained = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+    return ([tensor for name, tensor in trained.items() if name not in heads],
+            [tensor for name, tensor in trained.items() if name in heads])
+
+
+def _count(tensors: list[nn.Parameter]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def finished(model: nn.Module, growing: Growing | None, new: Collection[str]) -> Patch:
+    """What was trained in place, and the plain model again. `new` are tensors that the base model has no values of."""
+    if growing is None:
+        patch = patch_of(model, new)
+        detach(model)
+        return patch
+    patch = growing.optimizer.patch(model, new)
+    growing.tensors = described(patch.selection, model)
     return patch
 
 

@@ -88,8 +88,8 @@ def table(report: Report) -> str:
 def _changed(name: str, before: Tensor | None, after: Tensor, axis: int | None, ids: Tensor) -> tuple[int, int]:
     """How many weights of a tensor changed: selected ones, and others."""
     if before is not None and before.shape != after.shape:
-        raise InputError(f"{name} is {tuple(before.shape)} in the base model and {tuple(after.shape)} in the tuned one: "
-                         "give two models of one kind")
+        raise InputError(f"{name} is {tuple(before.shape)} in the base model and {tuple(after.shape)} in the tuned "
+                         "one: give two models of one kind")
     chosen = others = 0
     for start, new in enumerate(after.flatten().split(CHUNK)):
         old = None if before is None else before.flatten()[start * CHUNK:start * CHUNK + len(new)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +101,17 @@ def selection_of(units: Mapping[str, Tensor], along: Mapping[str, int], tensors:
     axes = {name: axis for name, axis in along.items() if name in chosen}
     widths = {name: width(tensors[name], axes.get(name)) for name in chosen}
     return Selection(chosen, {ALONG: axes, "widths": widths, "fingerprint": fingerprint(tensors), **meta})
+
+
+def with_whole(selection: Selection, tensors: Mapping[str, Tensor], names: Iterable[str]) -> Selection:
+    """The selection and, whole, the tensors of these names."""
+    units, along = dict(selection), dict(selection.meta[ALONG])
+    for name in names:
+        axis, units[name] = all_of(tensors[name])
+        along.pop(name, None)
+        along |= {} if axis is None else {name: axis}
+    return selection_of({name: units[name] for name in tensors if name in units}, along, tensors,
+                        {key: value for key, value in selection.meta.items() if key not in (ALONG, "widths")})
 
 
 def all_of(tensor: Tensor) -> tuple[int | None, Tensor]:

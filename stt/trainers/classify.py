@@ -40,11 +40,12 @@ def _forward(model: nn.Module, labels: Tensor | None = None, num_items_in_batch:
 
 def train(model: nn.Module, encoder: Encoder, rows: Sequence[object], arguments: TrainingArguments,
           log: Callable[..., None], validate: Callable[[], float] | None = None, resume: bool = False,
-          seconds_before: float = 0.0) -> TrainerState:
+          seconds_before: float = 0.0, make_optimizer: loop.MakeOptimizer | None = None) -> TrainerState:
     """`loop.train` with `classification_loss`; afterwards the model's forward is its own again."""
     with trainable(model, arguments) as trained:
         with_loss(trained)
         try:
-            return loop.train(trained, rows, encoder.batch, arguments, log, validate, resume, seconds_before)
+            return loop.train(trained, rows, encoder.batch, arguments, log, validate, resume, seconds_before,
+                              make_optimizer)
         finally:
             restore_forward(trained)

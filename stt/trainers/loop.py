@@ -9,6 +9,7 @@ import logging
 import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from util.files import writing
 
 logger = logging.getLogger(__name__)
 
+MakeOptimizer = Callable[[nn.Module, int], torch.optim.Optimizer]  # from the model and the number of steps
 PROGRESS = "stt_state.json"  # in a checkpoint: what goes on with it besides Trainer's own files
 
 
@@ -38,9 +40,10 @@ class RecordedTrainer(Trainer):
     """Trainer with these differences: `evaluate` measures what `validate()` returns; a loss that is no number ends the
     training; checkpoints are sealed (stt/trainers/checkpoints.py); a batch that does not fit is trained in parts."""
 
-    def __init__(self, *args: object, validate: Callable[[], float] | None = None, **kwargs: object):
+    def __init__(self, *args: object, validate: Callable[[], float] | None = None,
+                 make_optimizer: MakeOptimizer | None = None, **kwargs: object):
         super().__init__(*args, **kwargs)
-        self.validate = validate
+        self.validate, self.make_optimizer = validate, make_optimizer
         if "forward" not in vars(unwrap_peft_model(self.model)):  # else chunked_loss: it divides by the batch's tokens
             self.model_accepts_loss_kwargs = False  # Trainer would believe that BERT divides by the batch's examples
         self.folder = Path(self.args.output_dir)
@@ -48,6 +51,11 @@ class RecordedTrainer(Trainer):
         self._parts = 1  # of every micro-batch
         self._examples = 0  # of the present update
         self._trained: list[Mapping[str, Tensor]] = []  # micro-batches whose gradients it has
+
+    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
+        if self.make_optimizer:
+            self.optimizer = self.make_optimizer(unwrap_peft_model(self.model), num_training_steps)
+        super().create_optimizer_and_scheduler(num_training_steps)
 
     # ------------------------------------------------------------ steps
 
@@ -240,9 +248,10 @@ def training_arguments(args: RunArgs, folder: Path, device: torch.device,
 
 def train(model: nn.Module, rows: Sequence[object], collate: Callable[[Sequence[object]], dict[str, Tensor]],
           arguments: TrainingArguments, log: Callable[..., None], validate: Callable[[], float] | None = None,
-          resume: bool = False, seconds_before: float = 0.0) -> TrainerState:
+          resume: bool = False, seconds_before: float = 0.0,
+          make_optimizer: MakeOptimizer | None = None) -> TrainerState:
     """Train what requires gradients on `rows`, batched by `collate`; the state after the last step. `seconds_before`
-    were spent before a resumption.
+    were spent before a resumption. `make_optimizer` takes the place of AdamW and clips by itself.
 
     A stop that is asked for (stt/stopping.py) ends the process after the step and its checkpoint. Raises TrainingFailed
     for a loss or gradient that is not a number, for too little memory and for a checkpoint that cannot be written, and
@@ -250,10 +259,12 @@ def train(model: nn.Module, rows: Sequence[object], collate: Callable[[Sequence[
     """
     check_trained_dtype(model)
     check_same_selection(model)
+    arguments = replace(arguments, max_grad_norm=0.0) if make_optimizer else arguments
     checkpoint = checkpoint_of(model, Path(arguments.output_dir)) if resume else None
     try:
         trainer = RecordedTrainer(model=model, args=arguments, train_dataset=list(rows), data_collator=collate,
                                   eval_dataset=[] if validate else None, validate=validate,
+                                  make_optimizer=make_optimizer,
                                   callbacks=[Record(log, seconds_before), Saving()])
         trainer.remove_callback(PrinterCallback)
         if trainer.pop_callback(ProgressCallback):
@@ -292,7 +303,8 @@ def check_same_selection(model: nn.Module) -> None:
 
 def digest_of_selection(model: nn.Module) -> str | None:
     """sha256 over the kept units of every site; None for a model that is not sliced."""
-    selection = getattr(unwrap_peft_model(model), "stt_selection", None)
+    model = unwrap_peft_model(model)
+    selection = model.stt_attached.selection if hasattr(model, "stt_attached") else getattr(model, "stt_selection", None)
     if selection is None:
         return None
     digest = hashlib.sha256()

@@ -33,7 +33,8 @@ def collate(pad_id: int) -> Callable[[Sequence[Encoded]], dict[str, Tensor]]:
 
 def train(model: nn.Module, encoded: Sequence[Encoded], pad_id: int, arguments: TrainingArguments,
           log: Callable[..., None], validate: Callable[[], float] | None = None, resume: bool = False,
-          seconds_before: float = 0.0, packing: Packing | None = None, teach: Teach | None = None) -> TrainerState:
+          seconds_before: float = 0.0, packing: Packing | None = None, teach: Teach | None = None,
+          make_optimizer: loop.MakeOptimizer | None = None) -> TrainerState:
     """`loop.train` with the loss of `chunked_loss`, over the labelled tokens of the whole accumulated batch; afterwards
     the model's forward is its own again. `packing` lets the examples of a batch share rows, `teach` changes the loss.
     Raises what loop.train raises, and InputError for a model without such a loss."""
@@ -41,6 +42,7 @@ def train(model: nn.Module, encoded: Sequence[Encoded], pad_id: int, arguments: 
     with trainable(model, arguments) as trained:
         chunked_loss(trained, teach)
         try:
-            return loop.train(trained, encoded, batches, arguments, log, validate, resume, seconds_before)
+            return loop.train(trained, encoded, batches, arguments, log, validate, resume, seconds_before,
+                              make_optimizer)
         finally:
             restore_forward(unwrap_peft_model(trained))
