@@ -245,6 +245,7 @@ def test_two_passes_of_a_growing_schedule_must_be_announced() -> None:
     loss_of(model, batches(1)[0]).backward()
     optimizer.step()
     assert optimizer.get_budget_used() == 39 + 6
+    model = build()
     of_two = in_groups(model, "id3", gather="backward", accumulation_steps=2)
     for _ in range(3):
         loss_of(model, batches(1)[0]).backward()

@@ -34,8 +34,8 @@ OWN = ("budget", "schedule", "max_grad_norm", "_base", "_arguments", "_together"
        "_start_of_whole", "_digests", "_catcher")  # attributes that a copy needs, too
 CORRECTIONS = ("global", "entry")
 GATHERS = ("step", "backward")
-PASSES = ("there were more backward passes before a step than accumulation_steps= says, and the schedule chooses by their "
-          "sum: say how many, or take gather=\"step\"")
+PASSES = ("there were more backward passes before a step than accumulation_steps= says, and the schedule chooses by "
+          "their sum: say how many, or take gather=\"step\"")
 
 
 class SelectiveOptimizer(Optimizer):
