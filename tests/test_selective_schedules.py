@@ -43,6 +43,17 @@ def test_front_loaded_growth_is_ahead_of_the_linear_and_that_of_the_uniform_one(
     assert at_a_quarter == {"uniform": 250, "linear": 438, "front": 578}  # 1-(3/4)^2 = 0.4375, 1-(3/4)^3 = 0.578
 
 
+def test_wrong_numbers_of_steps_are_told() -> None:
+    with pytest.raises(InputError, match="max_steps= must be a number of optimizer steps.*got None"):
+        Grow(None, scores.make("d3"))
+    with pytest.raises(InputError, match="every= must be"):
+        Regrow(scores.make("random"), 0, 10)
+    with pytest.raises(InputError, match="every= must be"):
+        Rotate([[nn.Parameter(torch.ones(1))]], 0)
+    with pytest.raises(InputError, match="rate= must be a share.*got 2"):
+        Regrow(scores.make("random"), 3, 10, 2)
+
+
 def test_a_score_that_needs_more_than_a_gradient_cannot_grow() -> None:
     with pytest.raises(InputError, match="Fisher needs more than the gradient of a step"):
         Grow(10, scores.make("fisher"))

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 OURS = ("params", "param_names", CHOOSE_ALL)  # keys of a parameter group that are not the base optimizer's
 STATE = "selective"  # key in the state dict
 OWN = ("budget", "schedule", "max_grad_norm", "_base", "_arguments", "_together", "_groups", "_trainer",
-       "_start_of_whole", "_digests", "_catcher")  # attributes that a copy needs, too
+       "_candidates", "_whole", "_start_of_whole", "_digests", "_catcher")  # attributes that a copy needs, too
 CORRECTIONS = ("global", "entry")
 GATHERS = ("step", "backward")
 PASSES = ("there were more backward passes before a step than accumulation_steps= says, and the schedule chooses by "
@@ -68,7 +68,7 @@ class SelectiveOptimizer(Optimizer):
         check_elementwise(base, arguments, self.param_groups[0]["params"][0].device)
         groups = [group_of(i, group, names, self._together) for i, group in enumerate(self.param_groups)]
         self.budget = budget_of(budget, groups, schedule.grows)
-        self._groups = groups
+        self._take(groups)
         self._trainer = self._new_trainer()
         self._start_of_whole = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._whole.items()}
         self._add(schedule.first(self._candidates, self._room))
@@ -180,7 +180,8 @@ class SelectiveOptimizer(Optimizer):
         tensors = named_tensors(model)
         units = self._units(tensors)
         along = {name: axis for name, (axis, _) in units.items() if axis is not None}
-        meta = {"unit": "weight", "score": type(self.schedule).__name__.lower(), "budget": self.budget}
+        meta = {"unit": "weight", "budget": self.budget, "schedule": type(self.schedule).__name__.lower(),
+                **self.schedule.origin}
         return selection_of({name: ids for name, (_, ids) in units.items()}, along, tensors, meta)
 
     def start_values(self, model: nn.Module) -> dict[str, Tensor]:
@@ -262,6 +263,8 @@ class SelectiveOptimizer(Optimizer):
         self._digests = dict(ours["digests"])
         self._trainer = self._new_trainer()
         self._trainer.load_state_dict(copy.deepcopy(ours["base"]))
+        if self._catcher is not None:
+            self._catcher.clear()
 
     def add_param_group(self, param_group: dict[str, object]) -> None:
         """One more group. Raises InputError, once training may have begun, for one the budget has no room for, and for
@@ -274,8 +277,10 @@ class SelectiveOptimizer(Optimizer):
         if reason:
             self.param_groups.pop()
             raise InputError(reason)
-        self._groups.append(added)
+        self._take([*self._groups, added])
         self._start_of_whole |= {name: tensor.detach().to("cpu", copy=True) for name, tensor in added.whole.items()}
+        if self._digests:
+            self._digests |= {name: digest(tensor) for name, tensor in added.candidates.items()}
         self._trainer.add_param_group(self._base_group(len(self._groups) - 1))
         self._renew()
         return None
@@ -297,17 +302,14 @@ class SelectiveOptimizer(Optimizer):
 
     # ------------------------------------------------------------ parts
 
+    def _take(self, groups: list[Group]) -> None:
+        self._groups = groups
+        self._candidates = {name: tensor for group in groups for name, tensor in group.candidates.items()}
+        self._whole = {name: tensor for group in groups for name, tensor in group.whole.items()}
+
     @property
     def _pools(self) -> list[Pool]:
         return [pool for group in self._groups for pool in group.pools]
-
-    @property
-    def _candidates(self) -> dict[str, nn.Parameter]:
-        return {name: tensor for group in self._groups for name, tensor in group.candidates.items()}
-
-    @property
-    def _whole(self) -> dict[str, nn.Parameter]:
-        return {name: tensor for group in self._groups for name, tensor in group.whole.items()}
 
     @property
     def _room(self) -> int:
