@@ -343,17 +343,9 @@ class SelectiveOptimizer(Optimizer):
         """Give the base optimizer the parameters that train now; the state of those that no longer do goes."""
         for number, group in enumerate(self._trainer.param_groups):
             trained, before = self._trained(number), group["params"]
-            if [id(parameter) for parameter in trained] == [id(parameter) for parameter in before]:
-                continue
-            known = {id(parameter) for parameter in before}
             group["params"] = trained
             for parameter in {*before} - {*trained}:
                 self._trainer.state.pop(parameter, None)
-            new = [parameter for parameter in trained
-                   if id(parameter) not in known and parameter not in self._trainer.state]
-            if new:  # what some optimizers, such as Adagrad, make when they are built
-                fresh = self._base([self._base_group(number) | {"params": new}], **self._arguments)
-                self._trainer.state.update(fresh.state)
 
     def _share(self, given: list[dict[str, object]], taking: list[dict[str, object]]) -> None:
         """Copy the hyperparameters of these groups to those."""
