@@ -38,7 +38,8 @@ def test_the_patch_is_what_changed(mode: str, small: list[str], tmp_path: Path, 
     assert "eval_restored" in capsys.readouterr().err
     assert run(small, tmp_path, "--mode", mode, *FLAGS[mode], "--num_epoch", "1") == 0
     folder, found = tmp_path / "run", results(tmp_path)
-    patch, trained = Patch.load(folder / "patch.safetensors"), AutoModelForCausalLM.from_pretrained(folder / "checkpoint")
+    patch = Patch.load(folder / "patch.safetensors")
+    trained = AutoModelForCausalLM.from_pretrained(folder / "checkpoint")
     model = base()
     assert verify(model, trained, patch.selection).is_exact
     start = {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()}
@@ -85,8 +86,8 @@ def ending_at(step: int) -> object:
 @pytest.mark.parametrize("mode", ["pafi", "id3"])
 def test_classifier(mode: str, tmp_path: Path) -> None:
     """A head that is drawn anew is in the patch as a whole."""
-    flags = ["--mode", mode, "--budget", "500", "--train_size", "64", "--num_epochs", "1", "--output_dir", str(tmp_path),
-             "--run_name", "run"]
+    flags = ["--mode", mode, "--budget", "500", "--train_size", "64", "--num_epochs", "1", "--run_name", "run",
+             "--output_dir", str(tmp_path)]
     assert cli.run(train_classifier.main, ClassifierArgs, flags) == 0
     patch = Patch.load(tmp_path / "run" / "patch.safetensors")
     classes = Classes("image", tuple(map(str, range(10))), 7, False)

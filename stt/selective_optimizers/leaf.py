@@ -7,12 +7,14 @@ optimizer the values go back into their places.
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.pytorch_utils import Conv1D
 
@@ -21,10 +23,13 @@ from stt.selection import Selection
 from stt.selective_optimizers.in_place import in_place
 from stt.selective_optimizers.patch import Patch
 from stt.selective_optimizers.route import LinearOfInputs, LinearOfOutputs, Route
-from stt.selective_optimizers.weights import axis_of, check_fits, is_of_weights, is_whole, named_tensors, read, write
+from stt.selective_optimizers.sharded import whole, write_part
+from stt.selective_optimizers.weights import axis_of, check_fits, is_of_weights, is_whole, named_tensors, read
 
 LEAF = "_selected"  # after the name of a tensor: the module that holds what of it trains
 ATTACHED = "stt_attached"  # attribute of a model
+LEAVES: weakref.WeakValueDictionary[int, Leaf] = weakref.WeakValueDictionary()  # all there are, in the same order in
+NUMBERS = itertools.count()  # every process: what they exchange must match
 
 
 class Leaf(nn.Module):
@@ -37,7 +42,7 @@ class Leaf(nn.Module):
         self.register_buffer("ids", ids.to(tensor.device), persistent=False)
         wide = torch.promote_types(tensor.dtype, torch.float32)
         self.values = nn.Parameter(read(tensor.detach(), axis, ids).to(wide))
-        self._introduce()
+        LEAVES[next(NUMBERS)] = self
 
     def forward(self, tensor: Tensor) -> Tensor:
         """The frozen tensor, with the gradient routed here."""
@@ -50,14 +55,11 @@ class Leaf(nn.Module):
 
     def sync(self) -> None:
         """Put the values into their tensor."""
-        write(self.tensor, self.axis, self.ids, self.values.detach())
-
-    def _introduce(self) -> None:
-        self.values.stt_leaf = weakref.ref(self)
+        write_part(self.tensor, self.axis, self.ids, whole(self.values.detach()))
 
     def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)
-        self._introduce()  # a copy's values know the copy
+        LEAVES[next(NUMBERS)] = self  # a copy
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ def attach(model: nn.Module, selection: Selection) -> nn.Module:
     `selection` is one of weights (select_weights), or of neurons or heads, whose rows and columns then train while the
     others stay and are computed. Selected weights are float32 parameters (or wider) whatever the dtype of the model; a
     tensor of which everything is selected trains itself. Values go into their tensors after every step of a torch
-    optimizer; after another way of changing them call `sync(model)`. `detach` ends it.
+    optimizer; after another way of changing them call `sync(model)`. `detach` ends it. To share the model out, attach
+    first and then `fully_shard`.
 
     Raises InputError, before anything changes, if the model is attached already or the selection is of another one.
 
@@ -87,6 +90,8 @@ def attach(model: nn.Module, selection: Selection) -> nn.Module:
     selection = selection if is_of_weights(selection) else in_place(model, selection)
     tensors = named_tensors(model)
     check_fits(selection, tensors)
+    if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+        raise InputError("the model is shared out over processes already: stt.attach first, then fully_shard")
     start = {name: read(tensors[name].detach(), axis_of(selection, name), ids).cpu().clone()
              for name, ids in selection.items()}
     before = frozenset(name for name, tensor in tensors.items() if tensor.requires_grad)
@@ -139,7 +144,7 @@ def trained_values(model: nn.Module) -> dict[str, Tensor]:
     selection = _attached(model).selection
     leaves = {id(module.tensor): module.values for module in model.modules() if isinstance(module, Leaf)}
     tensors = named_tensors(model)
-    return {name: leaves.get(id(tensors[name]), tensors[name]).detach() for name in selection}
+    return {name: whole(leaves.get(id(tensors[name]), tensors[name]).detach()) for name in selection}
 
 
 def patch_of(model: nn.Module, new: Collection[str] = ()) -> Patch:
@@ -206,11 +211,10 @@ def _linear(self: nn.Linear | Conv1D, x: Tensor) -> Tensor:
 
 
 def _sync_after(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            leaf = getattr(parameter, "stt_leaf", None)
-            if leaf is not None and leaf() is not None:
-                leaf().sync()
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for leaf in list(LEAVES.values()):
+        if id(leaf.values) in trained:
+            leaf.sync()
 
 
 register_optimizer_step_post_hook(_sync_after)

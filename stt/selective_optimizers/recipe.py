@@ -34,8 +34,8 @@ def choose(model: nn.Module, score: str, args: RunArgs) -> Selection:
 
 
 def prepare(model: nn.Module, selection: Selection | None, head: str) -> list[str]:
-    """Freeze the model but for the selected weights, neurons or heads, and the head as a whole; None is for an optimizer
-    that chooses while it trains. Names of what trains."""
+    """Freeze the model but for the selected weights, neurons or heads, and the head as a whole; None is for an
+    optimizer that chooses while it trains. Names of what trains."""
     if head == "untie":
         untie_head(model)
     heads = {} if head == "freeze" else head_parameters(model)
@@ -63,7 +63,7 @@ class Growing:
         kind = get_selective_optimizer(torch.optim.AdamW, "id3")
         self.optimizer = kind(groups, lr=args.lr, weight_decay=args.wd, budget=self._budget(body) + _count(head),
                               max_steps=steps, exp=args.d3_exp, eps=args.d3_eps,
-                              bias_correction=args.bias_correction, max_grad_norm=args.max_grad_norm or None)
+                              bias_correction=args.bias_correction)
         return self.optimizer
 
     def counts(self, model: nn.Module) -> dict[str, int]:

@@ -9,7 +9,6 @@ import logging
 import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,6 +24,7 @@ from transformers.trainer_utils import unwrap_peft_model
 from stt import stopping
 from stt.arguments import RunArgs
 from stt.errors import InputError, TrainingFailed
+from stt.selective_optimizers.trainer import MakeOptimizer, SelectiveTrainerMixin
 from stt.trainers import checkpoints, memory, shard
 from stt.trainers.callbacks import Bar, Record, Saving, any_rank, ends_epoch, failure, last_good
 from util import ranks
@@ -32,18 +32,16 @@ from util.files import writing
 
 logger = logging.getLogger(__name__)
 
-MakeOptimizer = Callable[[nn.Module, int], torch.optim.Optimizer]  # from the model and the number of steps
 PROGRESS = "stt_state.json"  # in a checkpoint: what goes on with it besides Trainer's own files
 
 
-class RecordedTrainer(Trainer):
+class RecordedTrainer(SelectiveTrainerMixin, Trainer):
     """Trainer with these differences: `evaluate` measures what `validate()` returns; a loss that is no number ends the
     training; checkpoints are sealed (stt/trainers/checkpoints.py); a batch that does not fit is trained in parts."""
 
-    def __init__(self, *args: object, validate: Callable[[], float] | None = None,
-                 make_optimizer: MakeOptimizer | None = None, **kwargs: object):
+    def __init__(self, *args: object, validate: Callable[[], float] | None = None, **kwargs: object):
         super().__init__(*args, **kwargs)
-        self.validate, self.make_optimizer = validate, make_optimizer
+        self.validate = validate
         if "forward" not in vars(unwrap_peft_model(self.model)):  # else chunked_loss: it divides by the batch's tokens
             self.model_accepts_loss_kwargs = False  # Trainer would believe that BERT divides by the batch's examples
         self.folder = Path(self.args.output_dir)
@@ -51,11 +49,6 @@ class RecordedTrainer(Trainer):
         self._parts = 1  # of every micro-batch
         self._examples = 0  # of the present update
         self._trained: list[Mapping[str, Tensor]] = []  # micro-batches whose gradients it has
-
-    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
-        if self.make_optimizer:
-            self.optimizer = self.make_optimizer(unwrap_peft_model(self.model), num_training_steps)
-        super().create_optimizer_and_scheduler(num_training_steps)
 
     # ------------------------------------------------------------ steps
 
@@ -251,7 +244,7 @@ def train(model: nn.Module, rows: Sequence[object], collate: Callable[[Sequence[
           resume: bool = False, seconds_before: float = 0.0,
           make_optimizer: MakeOptimizer | None = None) -> TrainerState:
     """Train what requires gradients on `rows`, batched by `collate`; the state after the last step. `seconds_before`
-    were spent before a resumption. `make_optimizer` takes the place of AdamW and clips by itself.
+    were spent before a resumption. `make_optimizer` takes the place of AdamW.
 
     A stop that is asked for (stt/stopping.py) ends the process after the step and its checkpoint. Raises TrainingFailed
     for a loss or gradient that is not a number, for too little memory and for a checkpoint that cannot be written, and
@@ -259,7 +252,6 @@ def train(model: nn.Module, rows: Sequence[object], collate: Callable[[Sequence[
     """
     check_trained_dtype(model)
     check_same_selection(model)
-    arguments = replace(arguments, max_grad_norm=0.0) if make_optimizer else arguments
     checkpoint = checkpoint_of(model, Path(arguments.output_dir)) if resume else None
     try:
         trainer = RecordedTrainer(model=model, args=arguments, train_dataset=list(rows), data_collator=collate,
@@ -304,7 +296,8 @@ def check_same_selection(model: nn.Module) -> None:
 def digest_of_selection(model: nn.Module) -> str | None:
     """sha256 over the kept units of every site; None for a model that is not sliced."""
     model = unwrap_peft_model(model)
-    selection = model.stt_attached.selection if hasattr(model, "stt_attached") else getattr(model, "stt_selection", None)
+    attached = getattr(model, "stt_attached", None)
+    selection = attached.selection if attached else getattr(model, "stt_selection", None)
     if selection is None:
         return None
     digest = hashlib.sha256()
