@@ -11,7 +11,8 @@ from stt.selective_optimizers.scores.base import Seen, WeightScore
 
 @dataclass(frozen=True)
 class Bias(WeightScore):
-    """A bias is what is called one, such as `in_proj_bias`, too. `include_norm` takes every other tensor of one dimension too: the scales of norms."""
+    """A bias is what is called one (`in_proj_bias`, too). `include_norm` takes every other tensor of one dimension:
+    the scales of norms."""
 
     include_norm: bool = False
 
