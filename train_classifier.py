@@ -35,7 +35,6 @@ def main(args: ClassifierArgs) -> int:
     args = resolved(args)
     if recipe.is_finished(args):
         return 0
-    from stt import modes
     from stt.dataset.classification.encode import encoder_of
     from stt.evaluate.classifier import ClassifierJudge
     from stt.loading import Classes, check_classifier, load_classifier
@@ -56,8 +55,7 @@ def main(args: ClassifierArgs) -> int:
         rows = encoder.rows(task.train)
         longest = max((*rows, *judge.validation_rows, *judge.test_rows), key=encoder.length)
         check_classifier(model, encoder.batch([longest]))
-        if run.mode.chooses_units:
-            modes.check_sites(model, args.partial, args.units)
+        run.check(model)
     parameters = {"dense": count_parameters(model)["total"]}
 
     # ---------------------------------------------------------------- select

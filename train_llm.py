@@ -34,7 +34,6 @@ def main(args: LLMArgs) -> int:
     args = resolved(args)
     if recipe.is_finished(args):
         return 0
-    from stt import modes
     from stt.dataset import encode_all, truncation
     from stt.distill import load_teacher
     from stt.evaluate.llm import Judge
@@ -59,8 +58,7 @@ def main(args: LLMArgs) -> int:
         packing = find_packing(model, encoded) if args.pack else None
         teacher = load_teacher(args.teacher, args.distill_weight, args.distill_temperature, model, tokenizer,
                                run.autocast_dtype) if args.distill != "none" else None
-        if run.mode.chooses_units:
-            modes.check_sites(model, args.partial, args.units)
+        run.check(model)
     parameters, perplexity = {"dense": count_parameters(model)["total"]}, {"dense": judge.perplexity(model)}
 
     # ---------------------------------------------------------------- select

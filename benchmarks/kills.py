@@ -244,11 +244,11 @@ def reference_clock(kind: str, folder: Path) -> Clock:
 
 
 def summary(kind: str, rows: Sequence[dict[str, object]]) -> dict[str, object]:
-    """The numbers of one row of the table."""
+    """The numbers of one row of the table. What an earlier kill left half saved is there until training begins."""
     complete = [row for row in rows if row["complete"]]
     return {"": kind, "kills": sum(row["killed"] for row in rows),
             **{f"of these {name}": sum(row["phase"] == name for row in rows) for name in PHASES},
-            "of these while saving": sum(row["while_saving"] for row in rows),
+            "of these while saving": sum(row["while_saving"] and row["phase"] == "training" for row in rows),
             "starts": len(rows), "dead starts": sum(row["dead"] for row in rows),
             "steps lost beyond the last save": sum(row["lost"] for row in rows),
             "steps backwards": sum(row["backwards"] for row in rows), "complete runs": len(complete),

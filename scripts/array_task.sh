@@ -38,6 +38,6 @@ while :; do
   [ -n "$again" ] || break # a signal ends `wait` early
 done
 case $code in
-  75 | 138 | 143) put_back ;; # 138, 143: a signal met Python before its handlers were in place
+  75 | 138 | 143) code=75; put_back ;; # 138, 143: a signal met Python before its handlers were in place
 esac
 exit "$code"

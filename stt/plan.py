@@ -10,6 +10,7 @@ import copy
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +23,12 @@ from stt.errors import InputError
 from stt.loading import on_meta
 from stt.plan_arguments import PlanArgs
 from stt.plan_step import Batch, selection_flops, step_bytes, step_flops
+from stt.recipe import kept_fraction
 from stt.selecting import select
 from stt.selection import Selection
 from stt.sites import find_sites
 from stt.surgery import count_parameters
+from stt.trainers.memory import check_can_recompute, recompute
 from util.utils import pick_device
 
 CARDS = (24, 40, 80)  # GB of the GPUs that are asked about
@@ -38,6 +41,7 @@ class Plan:
     """One size of the run. `memory` is in bytes, of one GPU, in its parts and at the worst moment of a step."""
 
     kept_fraction_of_units: float
+    kept_fraction_of_heads: float | None
     parameters: dict[str, int]
     flops: dict[str, int | None]
     memory: dict[str, int]
@@ -56,13 +60,10 @@ def planned(args: PlanArgs) -> dict[str, object]:
     """
     dense = _dense(args)
     selecting, has_score = {"selection_example": None}, modes.find(args.mode).score is not None
-    sites = find_sites(dense).values() if has_score else discover(dense, None)[0]
-    if any(site.is_routed for site in sites):
-        raise InputError(f"{type(dense).__name__} sends tokens to experts by their values, so its step cannot be "
-                         "counted without data: time a short run instead")
+    _check_experts(dense, has_score and args.units != "heads")
     if has_score:
-        modes.check_sites(dense, args.partial)
-        selecting = {"selection_example": selection_flops(copy.deepcopy(dense), args.max_length)}
+        modes.check_sites(dense, args.partial, args.units)
+        selecting = {"selection_example": selection_flops(copy.deepcopy(dense), args.max_length, args.units)}
     tflops = measured_tflops(_compute_dtype(args) or torch.float32) if args.measure else args.tflops
     selections = _selections(dense, args)
     plans = [_plan(dense, selection, args, selecting, tflops) for selection in selections]
@@ -80,11 +81,20 @@ def _dense(args: PlanArgs) -> PreTrainedModel:
     if positions is not None and args.max_length > positions:
         raise InputError(f"max_length {args.max_length} passes the {positions} positions of the model: give at most "
                          f"{positions}")
-    if args.activation_checkpointing and not model.supports_gradient_checkpointing:
-        raise InputError(f"{type(model).__name__} knows no activation checkpointing: leave it out")
+    if args.activation_checkpointing:
+        check_can_recompute(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(_loaded_dtype(model, args))
     return model
+
+
+def _check_experts(model: PreTrainedModel, has_sites: bool) -> None:
+    """Raises InputError for experts whose work depends on which tokens they get: that of grouped products does not."""
+    sites = find_sites(model).values() if has_sites else discover(model, None)[0]
+    is_grouped = getattr(model.config, "_experts_implementation", None) == "grouped_mm"
+    if not is_grouped and any(site.is_routed for site in sites):
+        raise InputError(f"{type(model).__name__} sends tokens to experts by their values, one expert after the other, "
+                         "so its step cannot be counted without data: time a short run instead")
 
 
 def _compute_dtype(args: PlanArgs) -> torch.dtype | None:
@@ -101,11 +111,15 @@ def _selections(dense: PreTrainedModel, args: PlanArgs) -> list[Selection | None
     """Selections of the right sizes: of one, or of the least and the most that a union of two sets keeps."""
     if modes.find(args.mode).score is None:
         return [None]
+    choose = partial(select, dense, score="random", units=args.units, heads_keep=args.heads_ratio)
     if args.keep is not None:
-        return [select(dense, score="random", keep=args.keep)]
-    least = select(dense, score="random", topk_ratio=args.proposed)
-    most = {site: min(2 * len(ids), least.widths[site]) for site, ids in least.items()}
-    return [least, select(dense, score="random", keep=most)]
+        return [choose(keep=args.keep)]
+    least = choose(topk_ratio=args.proposed)
+    if args.units == "heads":  # one score, so no union
+        return [least]
+    most = {site: len(ids) if site in least.heads else min(2 * len(ids), least.widths[site])
+            for site, ids in least.items()}
+    return [least, choose(keep=most)]
 
 
 def _plan(dense: PreTrainedModel, selection: Selection | None, args: PlanArgs, selecting: dict[str, int | None],
@@ -117,8 +131,8 @@ def _plan(dense: PreTrainedModel, selection: Selection | None, args: PlanArgs, s
     seconds = None
     if tflops and args.rows:
         seconds = {name: (flops[name] or 0) / (args.gpus * tflops * 1e12) for name in ("training", "selection")}
-    kept = 1.0 if selection is None else sum(map(len, selection.values())) / sum(selection.widths.values())
-    return Plan(kept, {"dense": count_parameters(dense)["total"], "kept": counted.pop("total"), **counted}, flops,
+    kept = kept_fraction(selection), kept_fraction(selection, "heads") if selection and selection.heads else None
+    return Plan(*kept, {"dense": count_parameters(dense)["total"], "kept": counted.pop("total"), **counted}, flops,
                 _memory(model, args), seconds)
 
 
@@ -135,7 +149,7 @@ def _prepared(dense: PreTrainedModel, selection: Selection | None, args: PlanArg
     model = copy.deepcopy(dense)
     modes.prepare(modes.find(args.mode), model, selection, modes.Lora(args.lora_r), args.head)
     if args.activation_checkpointing:
-        model.activation_checkpointing_enable()
+        recompute(model)
     return model
 
 

@@ -8,14 +8,14 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from stt.arguments import KEEPS_EVERYTHING, Head, Mode, Partial, check_choices, check_ranges
+from stt.arguments import KEEPS_EVERYTHING, Head, Mode, Partial, Units, check_choices, check_ranges
 from stt.errors import InputError
 
 PUBLISHED_RATIO = 0.3
 
 # (fields, accepted?, in words); None is accepted where it is the default
 RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
-    (("keep", "topk_ratio", "active_sample_ratio"), lambda x: 0 < x <= 1, "in (0, 1]"),
+    (("keep", "heads_ratio", "topk_ratio", "active_sample_ratio"), lambda x: 0 < x <= 1, "in (0, 1]"),
     (("gpus", "train_batch", "answer_length", "examples", "tokens", "epochs", "lora_r"), lambda x: x >= 1, "1 or more"),
     (("max_length",), lambda x: x >= 2, "2 or more"),
     (("tflops",), lambda x: 0 < x < math.inf, "a number above 0"),
@@ -30,8 +30,12 @@ class PlanArgs:
     """folder, hub id or alias; only its config.json is read"""
     mode: Mode = "stt"
     """as in train_llm.py"""
+    units: Units = "neurons"
+    """what is chosen: neurons, attention heads, or both, as in train_llm.py"""
     keep: Annotated[float | None, arg(aliases=("--keep_ratio",))] = None
-    """share of every site's neurons that is kept"""
+    """share of every site's units that is kept"""
+    heads_ratio: float | None = None
+    """share of the heads of every attention that is kept; None = keep, or else topk_ratio"""
     topk_ratio: float | None = None
     """share that each of STT's two scores proposes, if --keep is not given (default 0.3): the union is between it and
     twice as much, and both ends are planned"""
@@ -66,18 +70,22 @@ class PlanArgs:
     activation_checkpointing: bool = False
     """keep only what enters a layer, and compute the rest a second time"""
     partial: Partial = "refuse"
-    """what to do with a model of which only some feed-forward blocks can be sliced"""
+    """what to do with a model of which only some feed-forward blocks (or attentions, with --units) can be sliced"""
     json: bool = False
     """write JSON instead of a table"""
 
     def __post_init__(self) -> None:
         check_ranges(self, RANGES)
-        check_choices(self, {"mode": Mode, "head": Head, "precision": Literal["bf16", "fp32"], "partial": Partial})
+        check_choices(self, {"mode": Mode, "head": Head, "precision": Literal["bf16", "fp32"], "partial": Partial,
+                             "units": Units})
         for pair in (("keep", "topk_ratio"), ("examples", "tokens"), ("tflops", "measure")):
             if all(getattr(self, name) for name in pair):
                 raise InputError(f"{pair[0]} and {pair[1]} are two ways to say the same; give one of them.")
-        if self.mode in KEEPS_EVERYTHING and (self.keep or self.topk_ratio):
-            raise InputError(f"keep and topk_ratio say how many neurons are kept, and mode {self.mode!r} keeps all.")
+        if self.mode in KEEPS_EVERYTHING and (self.keep or self.topk_ratio or self.units != "neurons"):
+            raise InputError(f"keep, topk_ratio and units say what is kept, and mode {self.mode!r} keeps everything.")
+        if self.heads_ratio is not None and self.units == "neurons":
+            raise InputError("heads_ratio is a share of the attention heads, and only neurons are chosen; give --units "
+                             "heads or both.")
         if self.shard and self.gpus == 1:
             raise InputError("shard divides the model between GPUs, and there is 1; give --gpus.")
         if self.answer_length is not None and self.answer_length >= self.max_length:

@@ -31,11 +31,11 @@ from stt.dummy import dummy_inputs, fitting_inputs
 from stt.errors import InputError
 from stt.loss import is_head_on_body
 from stt.observe import Done
-from stt.sites import find_sites
+from stt.selecting import sites_of
 from stt.trace import evaluating
 from util.torch_flops import flops_of, training_flops
 
-# Shapes: B examples, T tokens, L labelled positions of an example, V words.
+# Shapes: B examples, T tokens, L labelled positions of an example, V words; E experts, N rows, I inputs, O outputs.
 
 WITHOUT_MASK = "sdpa_without_mask"  # transformers makes a mask wherever it cannot look for padding
 AttentionInterface.register(WITHOUT_MASK, sdpa_attention_forward)
@@ -92,10 +92,10 @@ def step_bytes(model: PreTrainedModel, batch: Batch, autocast_dtype: torch.dtype
     return Held(saved_bytes, alive.peak)
 
 
-def selection_flops(model: PreTrainedModel, length: int) -> int:
-    """FLOPs of showing one example to scores that need a forward pass and no gradients: it ends at the last site.
-    `model` is dense, on the meta device, and of no other use afterwards."""
-    sites = find_sites(model)
+def selection_flops(model: PreTrainedModel, length: int, units: str = "neurons") -> int:
+    """FLOPs of showing one example to scores of these units that need a forward pass and no gradients: it ends at the
+    last site. `model` is dense, on the meta device, and of no other use afterwards."""
+    sites = sites_of(model, units != "heads", units != "neurons")
     with _without_data(model), evaluating(model), torch.no_grad():
         inputs, last = _inputs(model, 1, length), last_site(model, sites, set())
         if last is not None:
@@ -174,7 +174,7 @@ def _without_data(model: nn.Module) -> Iterator[None]:
     Raises InputError for a model whose shapes depend on values.
     """
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with FakeTensorMode(allow_non_fake_inputs=True), _GroupedProducts():
             made: dict[int, Tensor] = {}
             for module in model.modules():
                 for tensors in (module._parameters, module._buffers):
@@ -190,6 +190,20 @@ def _without_data(model: nn.Module) -> Iterator[None]:
 def _on_cpu(value: Tensor) -> Tensor:
     empty = torch.empty_like(value, device="cpu")
     return nn.Parameter(empty, value.requires_grad) if isinstance(value, nn.Parameter) else empty
+
+
+class _GroupedProducts(TorchDispatchMode):
+    """The shape of a product of rows with the matrices of their experts, whoever they are sent to: PyTorch's own rule
+    without data knows bfloat16 alone."""
+
+    def __torch_dispatch__(self, func: Callable, types: tuple, args: tuple = (),
+                           kwargs: Mapping[str, object] | None = None) -> object:
+        if func is not torch.ops.aten._grouped_mm.default:
+            return func(*args, **(kwargs or {}))
+        left, right, ends = args[:3]
+        if right.ndim == 3:
+            return left.new_empty(len(left), right.shape[-1])  # (N, I) @ (E, I, O) -> (N, O)
+        return left.new_empty(len(ends), len(left), right.shape[-1])  # (I, N) @ (N, O) -> (E, I, O)
 
 
 class _Saved:

@@ -15,6 +15,7 @@ def size_of(number: int) -> str:
 # (row, what in a plan, which of it, in words)
 ROWS = (
     ("neurons kept", "kept_fraction_of_units", None, percent),
+    ("heads kept", "kept_fraction_of_heads", None, percent),
     ("parameters of the dense model", "parameters", "dense", amount),
     ("parameters kept", "parameters", "kept", amount),
     ("parameters trained", "parameters", "trained", amount),
@@ -77,8 +78,8 @@ def _notes(found: Mapping[str, object]) -> list[str]:
     args, notes = found["arguments"], []
     if len(found["plans"]) > 1:
         ratio = PUBLISHED_RATIO if args["topk_ratio"] is None else args["topk_ratio"]
-        notes.append(f"STT keeps the union of two sets of {percent(ratio)} each: what the data decides, between the "
-                     "least and the most; --keep plans one share. The lines on GPUs are about the most.")
+        notes.append(f"STT keeps the union of two sets of {percent(ratio)} of the neurons each: what the data decides, "
+                     "between the least and the most; --keep plans one share. The lines on GPUs are about the most.")
     notes.append("Fits: a tenth of the GPU is left over for CUDA and for gaps between tensors.")
     if args["measure"]:
         notes.append(f"Time: at {found['tflops']:.3g} TFLOP/s a GPU, which a single product reaches here; a training "

@@ -34,8 +34,9 @@ logger = logging.getLogger(__name__)
 SELECTION = "selection.safetensors"
 GPU_MULTIPLE = 128  # kept neurons of a site are padded to a multiple of this for inference on a GPU
 DEV_SHARE = 0.1  # of the training data, held out by --dev_mode
-MAY_CHANGE = ("resume", "overwrite", "eval_restored", "log_interval", "save_steps", "output_dir", "ppl_text",
-              "use_wandb", "wandb_project", "wandb_entity", "wandb_run_name")  # between a run and its resumption
+# between a run and its resumption
+MAY_CHANGE = ("resume", "overwrite", "eval_restored", "log_interval", "save_steps", "activation_checkpointing",
+              "output_dir", "ppl_text", "use_wandb", "wandb_project", "wandb_entity", "wandb_run_name")
 PARTS_OF_UPDATE = ("train_batch", "gradient_accumulation_steps")  # so may these, if an update keeps its size
 Row = TypeVar("Row")
 
@@ -58,6 +59,17 @@ class Run:
     def path(self) -> Path:
         return self.folder.path
 
+    def check(self, model: PreTrainedModel) -> None:
+        """Raises InputError for a model that cannot be sliced, or not be trained in as little memory, as asked for."""
+        from stt.modes import check_sites
+        from stt.trainers.memory import check_can_recompute
+
+        args = self.args
+        if self.mode.chooses_units:
+            check_sites(model, args.partial, args.units)
+        if args.activation_checkpointing:
+            check_can_recompute(model)
+
     def begin(self, selection: Selection | None) -> None:
         """The first write: the run folder, and the selection in it."""
         self.folder.start(asdict(self.args), wandb(self.args), self.step)
@@ -70,6 +82,7 @@ class Run:
         from stt import modes
         from stt.selective_optimizers import recipe as in_place
         from stt.surgery import count_parameters
+        from stt.trainers.memory import recompute
 
         args = self.args
         if self.mode.is_in_place:
@@ -77,6 +90,8 @@ class Run:
         else:
             lora = modes.Lora(args.lora_r, args.lora_alpha, args.lora_dropout)
             modes.prepare(self.mode, model, selection, lora, args.head, args.tune_attn)
+        if args.activation_checkpointing:
+            recompute(model)
         if self.growing:
             return self.growing.counts(model)
         return {name: count for name, count in count_parameters(model).items() if name != "total"}
@@ -89,6 +104,8 @@ class Run:
         from stt import modes
         from stt.surgery import count_parameters, pad_sites
 
+        if self.args.activation_checkpointing:
+            model.activation_checkpointing_disable()
         if self.mode.is_in_place:
             self._write_patch(model, selection, has_new_head)
             selection = None  # nothing is removed

@@ -19,11 +19,15 @@ class Run:
 
 
 def load_run(run_dir: str | Path) -> Run:
-    """Reads a run folder. Raises InputError if it is not one, or not complete, or written by a newer release."""
+    """Reads a run folder. Raises InputError if it is not one, is an ablation's or not complete, or was written by a
+    newer release."""
     folder = Path(run_dir)
     if not (folder / "args.json").is_file():
         raise InputError(f"{folder} is not a run folder (it has no args.json); give the folder a recipe wrote.")
     if not (folder / "results.json").is_file():
+        if "lrs" in read_json(folder / "args.json").get("arguments", {}):
+            raise InputError(f"{folder} is an ablation, which has a report of its own ({folder / 'report.md'}); the "
+                             "same command again goes on with it and writes that anew.")
         raise InputError(f"the run in {folder} is not complete (it has no results.json); finish it with --resume.")
     arguments, results = read_json(folder / "args.json"), read_json(folder / "results.json")
     version = results.get("format_version")

@@ -145,7 +145,7 @@ def measure(model: nn.Module, data: Iterable[Batch], tokenizer: PreTrainedTokeni
     given = {"activation_rate": {"threshold": threshold}, "random": {"seed": seed}, **(options or {})}
     made = [scores.make(name, **given.get(name, {})) for name in names]
     moments = compensation.moments_for(compensate)
-    sites = _sites(model, bool(methods), head_score is not None)
+    sites = sites_of(model, bool(methods), head_score is not None)
     neurons = [site for site in sites.values() if site.units == "neurons"]
     if moments:
         _check_can_compensate(neurons)
@@ -166,7 +166,8 @@ def measure(model: nn.Module, data: Iterable[Batch], tokenizer: PreTrainedTokeni
                     head_score)
 
 
-def _sites(model: nn.Module, has_neurons: bool, has_heads: bool) -> Sites:
+def sites_of(model: nn.Module, has_neurons: bool, has_heads: bool) -> Sites:
+    """Those that a selection of neurons, of heads or of both chooses from."""
     if not has_heads:
         return find_sites(model)
     heads = find_heads(model)

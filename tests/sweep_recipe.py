@@ -2,17 +2,16 @@
 """A recipe of seconds that starts, stops, resumes and fails as the real ones do, without torch: for tests of sweeps."""
 from __future__ import annotations
 
-import signal
+from stt import stopping
 
-requests: list[int] = []
 if __name__ == "__main__":  # before anything that takes time is imported
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: requests.append(number))
+    stopping.listen()
 
 import hashlib  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import random  # noqa: E402
+import signal  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
 from dataclasses import asdict, dataclass  # noqa: E402
@@ -76,11 +75,10 @@ def main(args: SmallArgs) -> int:
     while step < args.steps:
         due += args.step_seconds
         time.sleep(max(0.0, due - time.monotonic()))
-        step, walk = step + 1, [0.9 * value + args.lr * generator.gauss(0, 1) for value in walk]
-        save(folder, step, walk, generator)
-        run.log(step=step)
-        if requests:
-            return 75
+        with stopping.deferred():
+            step, walk = step + 1, [0.9 * value + args.lr * generator.gauss(0, 1) for value in walk]
+            save(folder, step, walk, generator)
+            run.log(step=step)
         if step == 2:
             end_early(args.fails)
             if args.fails == "silently":

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import classifying
 import pytest
 from small_runs import results as results_of
 from small_runs import run as train
@@ -16,12 +17,13 @@ from small_runs import small_flags
 
 import classifier_ablation
 import llm_ablation
-from stt import cli
+from stt import cli, verbs
 from stt.ablation import bench as benches
 from stt.ablation.cells import Cells, packed
 from stt.ablation.classifier_flags import ClassifierAblationArgs
 from stt.ablation.flags import TRIAL_SEED
 from stt.ablation.llm_flags import LLMAblationArgs
+from stt.dataset.classification import form_of
 
 FILES = ("ablation.json", "args.json", "report.md", "table.csv", "table.tex", "plots/accuracy.png",
          "plots/accuracy_by_kept.png", "plots/composition.png")
@@ -166,6 +168,39 @@ def test_classifier(tmp_path: Path) -> None:
     assert "Minimum detectable difference" in report
 
 
+def test_a_quantity_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of stsb and of data of one's own: there is no right and wrong to compare."""
+    def table(name: str, *columns: str) -> str:
+        rows = [dict.fromkeys(columns, "salt " * (n % 5) + "sea") | {"label": n % 5 + 0.5} for n in range(20)]
+        return str(classifying.write_table(tmp_path / "data" / f"{name}.csv", rows))
+
+    for split in ("train", "dev"):
+        table(split, *form_of("stsb").fields)
+    model = ["--model", str(classifying.build("bert", tmp_path)), "--output_dir", str(tmp_path / "out")]
+    for data, name in ((["--task", "stsb", "--data_dir", str(tmp_path / "data")], "stsb"),
+                       (["--train_file", table("own", "text"), "--num_classes", "1"], "own")):
+        assert cli.run(classifier_ablation.main, ClassifierAblationArgs, [*model, *data]) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said == (f"error: {name} predicts a quantity, and answers are compared that are right or wrong: give a "
+                        "task with classes.")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_of_its_own(small: list[str], whole: tuple[Path, list[tuple[int, str]]], tmp_path: Path,
+                             capsys: pytest.CaptureFixture[str]) -> None:
+    """`stt report` refuses an ablation; the command again, with all rows there, writes the same report anew."""
+    again = tmp_path / "run"
+    shutil.copytree(whole[0] / "run", again)
+    assert verbs.main(["report", str(again)]) == 2
+    assert capsys.readouterr().err == (f"error: {again} is an ablation, which has a report of its own "
+                                       f"({again / 'report.md'}); the same command again goes on with it and writes "
+                                       "that anew.\n")
+    text = (again / "report.md").read_text()
+    (again / "report.md").unlink()
+    assert ablate(small, tmp_path, *WHOLE) == 0
+    assert (again / "report.md").read_text() == text
+
+
 @pytest.mark.parametrize("program", ["llm_ablation", "classifier_ablation"])
 def test_help_is_quick(program: str) -> None:
     """Nothing heavy is imported before there is something to do."""
@@ -176,3 +211,15 @@ def test_help_is_quick(program: str) -> None:
 def test_trials_are_compared_on_a_part_of_the_validation_data(small: list[str], tmp_path: Path) -> None:
     assert ablate(small, tmp_path, "--mode", "random", "--lrs", "1e-3,3e-3", "--seeds", "1", "--val_size", "2") == 0
     assert [row["n"] for row in rows_of(tmp_path)][:2] == [2, 2]
+
+
+def test_modes_that_remove_nothing(small: list[str], tmp_path: Path) -> None:
+    """As many weights in each, beside the head; neurons in place are as many as STT keeps."""
+    assert ablate(small, tmp_path, "--mode", "pafi,id3,id3_global,train_in_place", "--lr", "1e-3", "--budget", "1000",
+                  "--keep_ratio", "0.3") == 0
+    rows = {row["mode"]: row for row in rows_of(tmp_path)}
+    assert {name: rows[name]["trained_without_head"] for name in ("pafi", "id3", "id3_global")} == \
+        {"pafi": 1000, "id3": 1000, "id3_global": 1000}
+    assert {row["kept"] for row in rows.values()} == {1.0}
+    assert rows["id3"]["perplexity"] != rows["id3_global"]["perplexity"]
+    assert rows["train_in_place"]["trained_without_head"] > 1000

@@ -1,13 +1,12 @@
 """Two processes, each with half of the data, measure and train what one process does on all of it."""
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tiny_text import build_decoder
-from torch import Tensor, multiprocessing
+from torch import Tensor
+from two_processes import in_two
 
 from stt.errors import InputError
 from stt.selecting import Budget, Measured, kept, measure
@@ -15,20 +14,6 @@ from stt.selecting import Budget, Measured, kept, measure
 
 def measured(batches: list[torch.Tensor]) -> Measured:
     return measure(build_decoder(vocabulary=60), batches, None, ["stt", "wanda"], progress=False)
-
-
-def in_two_processes(work: Callable[..., object], folder: Path, *args: object) -> tuple[object, object]:
-    """What `work(rank, *args)` gives in each of two processes."""
-    multiprocessing.spawn(worker, (work, str(folder), args), nprocs=2)
-    return tuple(torch.load(folder / f"{rank}.pt") for rank in (0, 1))
-
-
-def worker(rank: int, work: Callable[..., object], folder: str, args: tuple) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    torch.save(work(rank, *args), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def told(found: Measured) -> dict[str, object]:
@@ -45,7 +30,7 @@ def of_half_the_batches(rank: int, batches: list[torch.Tensor]) -> dict[str, obj
 def test_statistics_add_up_over_ranks(tmp_path: Path):
     batches = list(torch.randint(3, 60, (5, 2, 9), generator=torch.Generator().manual_seed(0)))
     whole = told(measured(batches))
-    for found in in_two_processes(of_half_the_batches, tmp_path, batches):
+    for found in in_two(of_half_the_batches, tmp_path, batches):
         torch.testing.assert_close(found["scores"], whole["scores"], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(found["halves"], whole["halves"], rtol=1e-6, atol=1e-6)
         assert found["shown"] == whole["shown"]
@@ -62,7 +47,7 @@ def of_all_or_nothing(rank: int, batches: list[torch.Tensor]) -> str:
 
 
 def test_a_rank_without_data_is_an_error_on_every_rank(tmp_path: Path):
-    for said in in_two_processes(of_all_or_nothing, tmp_path, [torch.randint(3, 60, (2, 9))]):
+    for said in in_two(of_all_or_nothing, tmp_path, [torch.randint(3, 60, (2, 9))]):
         assert said == "the calibration data is empty on one of the ranks: give at least one batch"
 
 
@@ -98,7 +83,7 @@ def test_training_is_that_of_one_process(tmp_path: Path):
     before = [parameter.detach() for parameter in build_decoder(vocabulary=60).parameters()]
     whole = trained(tmp_path, 8, 1)
     assert max((one - other).abs().max() for one, other in zip(before, whole, strict=True)) > 1e-3
-    first, second = in_two_processes(trained_on_half, tmp_path, str(tmp_path))
+    first, second = in_two(trained_on_half, tmp_path, str(tmp_path))
     for parameter, other, expected in zip(first, second, whole, strict=True):
         assert torch.equal(parameter, other)
         torch.testing.assert_close(parameter, expected, rtol=0, atol=1e-6)

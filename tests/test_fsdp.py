@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from test_distributed import in_two_processes
 from tiny_text import build_decoder
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -18,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from two_processes import in_two
 
 import stt
 from stt.selection import Selection
@@ -76,7 +76,7 @@ def test_sharded_training_is_that_of_one_process(widths: tuple[int, ...], tmp_pa
     before = {name: value.clone() for name, value in model.state_dict().items()}
     losses = steps(model, batches())
     folder = tmp_path / "checkpoint"
-    first, second = in_two_processes(trained_on_half, tmp_path, widths, str(folder))
+    first, second = in_two(trained_on_half, tmp_path, widths, str(folder))
     torch.testing.assert_close((torch.tensor(first["losses"]) + torch.tensor(second["losses"])) / 2,
                                torch.tensor(losses), rtol=0, atol=1e-6)
     check(first["state"], model.state_dict())  # the full state is gathered on the first process

@@ -14,15 +14,17 @@ from accelerate import accelerator
 from accelerate.state import DistributedType, PartialState
 from safetensors.torch import load_file
 from small_runs import run
-from test_distributed import in_two_processes, rows
+from test_distributed import rows
 from test_fsdp import check, sliced
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
+from two_processes import in_two
 
 from stt.errors import InputError
 from stt.llm_arguments import LLMArgs
 from stt.recipe import check_can_shard
 from stt.trainers import loop, sft, shard
+from stt.trainers.memory import recompute
 from util import ranks
 
 
@@ -33,15 +35,17 @@ def arguments(folder: str, batch: int, **more: object) -> TrainingArguments:
         remove_unused_columns=False, report_to=[], label_names=["labels"], disable_tqdm=True, **more)
 
 
-def trained_by_trainer(told: TrainingArguments, resume: bool = False) -> dict[str, object]:
+def trained_by_trainer(told: TrainingArguments, recomputes: bool, resume: bool = False) -> dict[str, object]:
     """The losses and the state of a sliced model after four steps of eight texts each."""
     model, losses = sliced((7, 3)), []
+    if recomputes:
+        recompute(model)
     sft.train(model, rows(), 0, told, lambda **row: losses.append(row["loss"]), resume=resume)
     assert not any(isinstance(value, DTensor) for value in model.state_dict().values())
     return {"losses": losses, "state": {name: value.clone() for name, value in model.state_dict().items()}}
 
 
-def trained_sharded(rank: int, folder: str) -> list[dict[str, object]]:
+def trained_sharded(rank: int, folder: str, recomputes: bool) -> list[dict[str, object]]:
     """All four steps, then the last two once more from the checkpoint after the second; and how often it was sharded.
     """
     sharded = []
@@ -50,16 +54,17 @@ def trained_sharded(rank: int, folder: str) -> list[dict[str, object]]:
         patch.setattr(accelerator, "fsdp2_prepare_model", lambda *args: sharded.append(1) or own(*args))
         assert told.device.type == "cpu"  # accelerate's state is made now
         patch.setitem(PartialState._shared_state, "distributed_type", DistributedType.MULTI_GPU)
-        first = trained_by_trainer(told)
+        first = trained_by_trainer(told, recomputes)
         ranks.on_first(lambda: shutil.rmtree(Path(folder) / "checkpoint-4"))
-        again = trained_by_trainer(told, resume=True)
+        again = trained_by_trainer(told, recomputes, resume=True)
     return [first, again, len(sharded)]
 
 
-@pytest.mark.slow
-def test_training_sharded_by_trainer_is_that_of_one_process(tmp_path: Path) -> None:
-    whole = trained_by_trainer(arguments(str(tmp_path / "one"), 8))
-    for first, again, sharded in in_two_processes(trained_sharded, tmp_path, str(tmp_path / "two")):
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_training_sharded_by_trainer_is_that_of_one_process(recomputes: bool, tmp_path: Path) -> None:
+    """Also with --activation_checkpointing."""
+    whole = trained_by_trainer(arguments(str(tmp_path / "one"), 8), False)
+    for first, again, sharded in in_two(trained_sharded, tmp_path, str(tmp_path / "two"), recomputes):
         assert sharded == 2
         assert first["losses"] == pytest.approx(whole["losses"], rel=1e-5)
         assert again["losses"] == first["losses"][2:]

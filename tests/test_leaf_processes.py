@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_distributed import in_two_processes
 from test_fsdp import batches, shard, steps
 from tiny_text import build_decoder
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from two_processes import in_two
 
 import stt
 from stt.errors import InputError
@@ -66,7 +66,7 @@ def in_parts(rank: int) -> Found:
 def test_two_processes_train_as_one(way: Callable[[int], Found], tmp_path: Path) -> None:
     alone = attached()
     losses, expected = steps(alone, batches()), trained(alone)
-    (first, one), (second, two) = in_two_processes(way, tmp_path)
+    (first, one), (second, two) = in_two(way, tmp_path)
     torch.testing.assert_close([(a + b) / 2 for a, b in zip(first, second, strict=True)], losses, rtol=0, atol=1e-5)
     for name, value in expected.items():
         torch.testing.assert_close(one[name], value, rtol=0, atol=1e-6, msg=name)

@@ -19,8 +19,10 @@ from stt.loss import chunked_loss
 from stt.plan_arguments import PlanArgs
 from stt.plan_step import Batch, step_bytes, step_flops
 from stt.plan_table import table
+from stt.selecting import measure, measured_for, sites_of
+from stt.sites import find_sites
 from stt.surgery import count_parameters
-from util.torch_flops import training_flops
+from util.torch_flops import flops_of, training_flops
 
 B, T, L = 4, 64, 9  # examples, tokens, labelled ones
 SHIPPED = str(small_runs.SHIPPED)
@@ -39,6 +41,11 @@ def trained(mode: str, head: str = "train", precision: str = "fp32", checkpointi
     modes.prepare(modes.find(mode), model, selection, modes.Lora(), head)
     if checkpointing:
         model.activation_checkpointing_enable()
+    return model, loss_of(model, precision)
+
+
+def loss_of(model, precision: str):
+    """A function that computes the loss on a padded batch or one row."""
     chunked_loss(model.train())
 
     def loss(examples: int = B):
@@ -49,7 +56,7 @@ def trained(mode: str, head: str = "train", precision: str = "fp32", checkpointi
         mask[1:, :3] = 0  # not of a single row
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             return model(input_ids=ids, attention_mask=mask, labels=labels).loss
-    return model, loss
+    return loss
 
 
 @pytest.fixture(scope="session")
@@ -128,9 +135,68 @@ def test_other_architectures(name, tmp_path, capsys):
         else model(**batch).logits.float().logsumexp(-1).sum())
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_experts(name, precision, tmp_path, capsys):
+    """Whoever the tokens are sent to: numbers of a real step, its memory, and the FLOPs of a real selection."""
+    as_config(MIXTURES[name]()[0], tmp_path)
+    flags = [str(tmp_path), "--keep", "0.4", "--precision", precision, "--max_length", "64", "--train_batch", "1"]
+    found = answer(capsys, *flags)["plans"][0]
+    model, ids = MIXTURES[name]()[0].float(), torch.randint(3, 90, (1, 64))
+    rows = [{"input_ids": ids, "labels": ids}]
+    find_sites(model)  # whose trace does not count
+    assert found["flops"]["selection_example"] == flops_of(lambda: measure(model, rows, None, ["stt"], progress=False))
+    modes.prepare(modes.find("stt"), model, stt.select(model, score="magnitude", keep=0.4), modes.Lora(), "train")
+    assert found["parameters"]["kept"] == count_parameters(model)["total"]
+    assert found["parameters"]["trained"] == count_parameters(model)["trained"]
+    chunked_loss(model.train())
+
+    def loss():
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            return model(**rows[0]).loss
+    assert found["flops"]["training_example"] == training_flops(model, {}, lambda *_: loss())
+    assert found["memory"]["activations"] == pytest.approx(memory.saved_bytes(model, loss), rel=0.01)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    optimizer.step(lambda: loss().backward())
+    peak = memory.peak_bytes(model, optimizer, lambda: loss().backward())
+    assert found["memory"]["peak"] == pytest.approx(peak, rel=0.03)
+
+
+@pytest.mark.parametrize(("units", "mode"), [("heads", "stt"), ("both", "stt"), ("both", "stt_lora")])
+def test_heads(units, mode, capsys):
+    """Parameters, FLOPs and memory of a real step with as many heads, and the FLOPs of a real selection."""
+    flags = [SHIPPED, "--units", units, "--mode", mode, "--keep", "0.3", "--heads_ratio", "0.5", "--precision", "fp32",
+             "--max_length", str(T), "--train_batch", "1", "--answer_length", str(L)]
+    found = answer(capsys, *flags)
+    model = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32)
+    rows, (methods, score) = [{"input_ids": torch.zeros(1, T, dtype=torch.long)}], measured_for(["stt"], units)
+    sites_of(model, True, True)  # whose trace does not count
+    selecting = flops_of(lambda: measure(model, rows, None, methods, progress=False, head_score=score))
+    selection = stt.select(model, score="magnitude", keep=0.3, units=units, heads_keep=0.5)
+    modes.prepare(modes.find(mode), model, selection, modes.Lora(), "train")
+    loss = loss_of(model, "fp32")
+    one = found["plans"][0]
+    assert (one["kept_fraction_of_heads"], one["kept_fraction_of_units"]) == (
+        0.5, 1 if units == "heads" else pytest.approx(0.3, abs=0.01))
+    assert one["parameters"]["kept"] == count_parameters(model)["total"]
+    assert one["parameters"]["trained"] == count_parameters(model)["trained"]
+    assert one["flops"]["training_example"] == training_flops(model, {}, lambda *_: loss(1))
+    assert one["flops"]["selection_example"] == selecting
+    assert one["memory"]["activations"] == pytest.approx(memory.saved_bytes(model, lambda: loss(1)), rel=0.01)
+    assert re.search(r"heads kept +50\.0 %", table(found))
+
+
+def test_the_union_is_of_neurons(two_layers, capsys):
+    """Of heads there is one share."""
+    both = answer(capsys, two_layers, "--units", "both", "--max_length", "16", "--heads_ratio", "0.5")["plans"]
+    assert [plan["kept_fraction_of_heads"] for plan in both] == [0.5, 0.5]
+    assert both[1]["kept_fraction_of_units"] == 2 * both[0]["kept_fraction_of_units"]
+    assert len(answer(capsys, two_layers, "--units", "heads", "--max_length", "16")["plans"]) == 1
+
+
 @pytest.mark.parametrize("flags", [["--keep", "0.5"], ["--mode", "lora"]])
-def test_experts_are_refused(flags, tmp_path, capsys):
-    as_config(MIXTURES["mixtral"]()[0], tmp_path)
+def test_experts_one_after_the_other_are_refused(flags, tmp_path, capsys):
+    as_config(MIXTURES["dbrx"]()[0], tmp_path)
     assert verbs.main(["plan", str(tmp_path), "--max_length", "12", *flags]) == 2
     assert "sends tokens to experts" in capsys.readouterr().err
 
@@ -182,7 +248,7 @@ def test_the_union_is_a_range(two_layers, capsys):
     union = stt.select(model, [{"input_ids": torch.randint(3, 90, (2, 30))}], topk_ratio=0.3)
     kept = sum(map(len, union.values())) / sum(union.widths.values())
     assert least <= kept <= most
-    assert "union of two sets of 30.0 %" in table(found)
+    assert "union of two sets of 30.0 % of the neurons" in table(found)
     assert re.search(r"neurons kept +29\.\d % +59\.\d %", table(found))
 
 
@@ -269,7 +335,10 @@ def test_seven_billion_parameters_in_seconds(name, tmp_path, capsys):
     ([SHIPPED, "--keep", "nan"], "keep must be in (0, 1], got nan"),
     ([SHIPPED, "--keep", "0.3", "--topk_ratio", "0.3"], "keep and topk_ratio are two ways"),
     ([SHIPPED, "--examples", "3", "--tokens", "3"], "examples and tokens are two ways"),
-    ([SHIPPED, "--mode", "lora", "--keep", "0.3"], "mode 'lora' keeps all"),
+    ([SHIPPED, "--mode", "lora", "--keep", "0.3"], "mode 'lora' keeps everything"),
+    ([SHIPPED, "--mode", "lora", "--units", "heads"], "mode 'lora' keeps everything"),
+    ([SHIPPED, "--heads_ratio", "0.5"], "give --units heads or both"),
+    ([SHIPPED, "--units", "head"], "units"),
     ([SHIPPED, "--mode", "sst"], "sst"),
     ([SHIPPED, "--shard"], "give --gpus"),
     ([SHIPPED, "--gpus", "0"], "gpus must be 1 or more"),

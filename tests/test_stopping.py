@@ -16,7 +16,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from small_runs import SHIPPED
-from training import assert_equal, exit_code, prepared, rows, run
+from training import assert_equal, exit_code, forked, prepared, rows, run
 
 import train_llm
 from stt import cli, errors, stopping
@@ -251,11 +251,7 @@ def rank(number: int, folder: Path) -> int:
 
 
 def test_all_processes_stop_after_the_same_step(tmp_path: Path, said: Path) -> None:
-    children = []
-    for number in (0, 1):
-        children.append(os.fork())
-        if children[-1] == 0:
-            os._exit(exit_code(lambda number=number: rank(number, tmp_path), said))
+    children = [forked(lambda number=number: rank(number, tmp_path), said) for number in (0, 1)]
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     assert codes == [75, 75], said.read_text()
     path, faults = checkpoints.newest(tmp_path / "run")

@@ -7,11 +7,10 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from small_runs import results, run
 from tiny_text import build_decoder
-from torch import multiprocessing
+from two_processes import in_two
 
 import stt
 from stt import cli, recipe
@@ -92,20 +91,33 @@ def one(small, tmp_path_factory) -> Path:
     return folder
 
 
+def of_two_examples(rank: int, small: list[str], folder: Path, flags: Sequence[str] = ()) -> int:
+    """The exit code of one of two processes, as torchrun's."""
+    return run(small, folder, *FLAGS, "--train_batch", "2", *flags)
+
+
 @pytest.fixture(scope="module")
 def two(small, tmp_path_factory) -> Path:
     """That of two processes."""
     folder = tmp_path_factory.mktemp("two")
-    done = torchrun(small, folder)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("test accuracy") == 1
-    assert done.stderr.count("step 12  ") == 2  # a row of training and one of validation
+    assert in_two(of_two_examples, tmp_path_factory.mktemp("said"), small, folder) == (0, 0)
     return folder
 
 
 def test_two_processes_are_as_one(one, two):
     check_same_run(two, one)
     assert (results(two)["processes"], results(one)["processes"]) == (2, 1)
+
+
+@pytest.mark.slow
+def test_torchrun_itself(two, small, tmp_path):
+    """The processes it starts are those of the other tests, and one of them speaks."""
+    done = torchrun(small, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("test accuracy") == 1
+    assert done.stderr.count("step 12  ") == 2  # a row of training and one of validation
+    assert (tmp_path / "run/checkpoint/model.safetensors").read_bytes() == \
+        (two / "run/checkpoint/model.safetensors").read_bytes()
 
 
 def unfinished(folder: Path, after: Path) -> Path:
@@ -138,6 +150,20 @@ def test_two_processes_go_on_where_two_or_one_were(one, two, small, tmp_path):
         (two / "run/checkpoint/model.safetensors").read_bytes()
     assert torchrun(small, unfinished(one, tmp_path / "more"), "--resume").returncode == 0
     check_same_run(tmp_path / "more", one)
+
+
+WAYS = [["--pack"], ["--distill", "kl"], ["--group_by_length"], ["--activation_checkpointing"]]
+
+
+@pytest.mark.parametrize("flags", [sum(WAYS, []), *(pytest.param(way, marks=pytest.mark.slow) for way in WAYS)],
+                         ids=" ".join)
+def test_ways_to_train(flags, small, tmp_path):
+    """The same updates by packed rows of two examples, by a teacher in each process, in batches of one length, and from
+    activations that are computed twice."""
+    flags = ["--num_epoch", "1", "--no_eval_epochs", *flags]
+    assert run(small, tmp_path / "one", *FLAGS, *flags) == 0
+    assert in_two(of_two_examples, tmp_path, small, tmp_path / "two", flags) == (0, 0)
+    check_same_run(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.slow
@@ -184,22 +210,6 @@ def test_classifiers_too(build, tmp_path):
 
 
 # ---------------------------------------------------------------- what the processes agree on
-
-
-def worker(rank: int, work: Callable[[int], object], folder: str, port: int) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}
-    with ranks.joined():
-        torch.save(work(rank), f"{folder}/{rank}.pt")
-
-
-def in_two(work: Callable[[int], object], folder: Path) -> list[object]:
-    """What `work(rank)` gives in each of two processes."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
-    multiprocessing.spawn(worker, (work, str(folder), port), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
 def raised(work: Callable[[], object]) -> str:

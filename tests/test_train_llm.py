@@ -1,7 +1,11 @@
 """The recipe end to end on the shipped model and a little of the shipped data; interruption and resume."""
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,11 +22,23 @@ from stt.selection import Selection
 SELECTING = [name for name, mode in modes.MODES.items() if mode.score]
 
 
+@pytest.fixture(scope="module")
+def ran(small, tmp_path_factory) -> Callable[[str], Path]:
+    """Where a mode was run, once; said.txt is what it printed."""
+    @functools.cache
+    def of_mode(mode: str) -> Path:
+        folder = tmp_path_factory.mktemp(mode)
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            assert run(small, folder, "--mode", mode) == 0
+        (folder / "said.txt").write_text(said.getvalue())
+        return folder
+    return of_mode
+
+
 @pytest.mark.parametrize("mode", modes.MODES)
-def test_every_mode_runs_and_leaves_a_whole_folder(mode, small, tmp_path, capsys):
-    assert run(small, tmp_path, "--mode", mode) == 0
-    assert "test accuracy" in capsys.readouterr().out
-    folder, found = tmp_path / "run", results(tmp_path)
+def test_every_mode_runs_and_leaves_a_whole_folder(mode, ran):
+    folder, found = ran(mode) / "run", results(ran(mode))
+    assert "test accuracy" in (folder.parent / "said.txt").read_text()
     for name in ("args.json", "metrics.jsonl", "outputs.json", "report.md", "report.html", "checkpoint/config.json"):
         assert (folder / name).is_file(), name
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -149,22 +165,20 @@ def test_half_precision_model(small, half, tmp_path):
             assert torch.equal(value, before[name]), name
 
 
-def test_budgets_match_site_by_site(small, tmp_path):
+def test_budgets_match_site_by_site(ran):
     """Every baseline keeps exactly as many neurons in every site as STT."""
     kept = {}
     for mode in ("stt", "random", "wanda_adapt", "magnitude_pruning"):
-        assert run(small, tmp_path / mode, "--mode", mode, "--num_epoch", "1", "--no_eval_epochs") == 0
-        kept[mode] = {site["name"]: site["kept"] for site in results(tmp_path / mode)["sites"]}
-        trained = results(tmp_path / mode)["parameters"]["trained"]
-        kept[mode]["trained"] = trained
+        found = results(ran(mode))
+        kept[mode] = {site["name"]: site["kept"] for site in found["sites"]}
+        kept[mode]["trained"] = found["parameters"]["trained"]
     assert kept["stt"] == kept["random"] == kept["wanda_adapt"] == kept["magnitude_pruning"]
 
 
-def test_only_the_selected_neurons_and_the_head_moved(small, tmp_path):
-    assert run(small, tmp_path, "--mode", "stt", "--keep_ratio", "0.25") == 0
-    trained = load(tmp_path / "run" / "checkpoint").state_dict()
+def test_only_the_selected_neurons_and_the_head_moved(ran):
+    trained = load(ran("stt") / "run" / "checkpoint").state_dict()
     dense = load_file(SHIPPED / "model.safetensors")
-    selection = Selection.load(tmp_path / "run" / "selection.safetensors")
+    selection = Selection.load(ran("stt") / "run" / "selection.safetensors")
     moved = 0
     for name, before in dense.items():
         site = next((site for site in selection if name.startswith(site + ".")), None)
@@ -187,10 +201,9 @@ def test_frozen_head_stays(small, tmp_path):
     assert results(tmp_path)["parameters"]["trained"] == results(tmp_path)["parameters"]["trained_without_head"]
 
 
-def test_the_checkpoint_exports(small, tmp_path):
+def test_the_checkpoint_exports(ran, tmp_path):
     """`stt export` of a run: to hf it answers as the run's model does, to dense it is the dense model's size again."""
-    assert run(small, tmp_path, "--mode", "stt", "--num_epoch", "1", "--no_eval_epochs") == 0
-    checkpoint = str(tmp_path / "run" / "checkpoint")
+    checkpoint = str(ran("stt") / "run" / "checkpoint")
     for kind in ("hf", "dense"):
         assert verbs.main(["export", checkpoint, "--to", kind, "--out", str(tmp_path / kind)]) == 0
     ids = torch.arange(3, 13).unsqueeze(0)
@@ -198,7 +211,7 @@ def test_the_checkpoint_exports(small, tmp_path):
     torch.testing.assert_close(plain(ids).logits, load(checkpoint)(ids).logits, rtol=0, atol=1e-4)  # logits of about 20
     assert (tmp_path / "hf" / "tokenizer.json").is_file()
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
-    assert sum(p.numel() for p in dense.parameters()) == results(tmp_path)["parameters"]["dense"]
+    assert sum(p.numel() for p in dense.parameters()) == results(ran("stt"))["parameters"]["dense"]
 
 
 def test_restored_neurons(small, tmp_path):
@@ -223,10 +236,9 @@ def test_tune_attn_trains_the_attention_too(small, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["stt", "stt_lora", "baseline", "lora"])
-def test_interrupted_and_resumed_equals_uninterrupted(mode, small, tmp_path, monkeypatch):
-    """Bitwise: weights, answers and the record of losses."""
-    flags = ("--mode", mode, "--lora_dropout", "0.1")
-    assert run(small, tmp_path / "whole", *flags) == 0
+def test_interrupted_and_resumed_equals_uninterrupted(mode, small, ran, tmp_path, monkeypatch):
+    """Bitwise: weights, answers and the record of losses; LoRA has its dropout."""
+    flags = ("--mode", mode)
 
     def stop(self, args, state, control, **_):
         if state.epoch >= 1:
@@ -239,7 +251,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(mode, small, tmp_path, mon
     assert run(small, tmp_path / "cut", *flags) == 2  # unfinished: --resume or --overwrite must be said
     assert run(small, tmp_path / "cut", *flags, "--lr", "1e-4", "--resume") == 2  # started with another lr
     assert run(small, tmp_path / "cut", *flags, "--resume") == 0
-    whole, cut = tmp_path / "whole" / "run", tmp_path / "cut" / "run"
+    whole, cut = ran(mode) / "run", tmp_path / "cut" / "run"
     one, other = (load_file(folder / "checkpoint" / "model.safetensors") for folder in (whole, cut))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)

@@ -110,11 +110,16 @@ def cut_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def exit_code(work: Callable[[], object], said: Path) -> int:
-    """Of a forked process that does `work` and ends with 0, or with 1 after a traceback; its stderr is appended to
-    `said`. Minus the signal if one killed it."""
+    """Of a process that is forked to do `work`. Minus the signal if one killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(forked(work, said), 0)[1])
+
+
+def forked(work: Callable[[], object], said: Path) -> int:
+    """The id of a process that does `work` and ends with what it gives (None: 0), or with 1 after a traceback; its
+    stderr is appended to `said`."""
     child = os.fork()
     if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return child
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115  (instead of pytest's)
     code = 1

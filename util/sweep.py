@@ -28,7 +28,7 @@ from typing import IO, Annotated
 
 from tyro.conf import Positional, arg
 
-from stt import cli
+from stt import cli, stopping
 from stt.errors import InputError
 from stt.runs import read_json
 from util.grid import Run, read_grid
@@ -36,7 +36,7 @@ from util.utils import write_json_atomic
 
 logger = logging.getLogger(__name__)
 
-FAILED, STOPPED = 3, 75  # exit codes; a stopped run saved, and goes on with --resume
+FAILED, STOPPED = 3, stopping.CODE  # exit codes; a stopped run saved, and goes on with --resume
 REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)  # to stop
 PARTIAL_CODES = (STOPPED, *(128 + number for number in (*REQUESTS, signal.SIGKILL)))  # ended from outside
 PATIENCE = 10.0  # seconds in which an earlier process of the same run may end
@@ -196,7 +196,8 @@ class Children:
                 signal.signal(number, handler)
 
     def run(self, command: list[str], environment: Environment, output: IO[bytes] | None, lock: IO[str]) -> int:
-        """The exit code of the command (128 + the signal that ended it).
+        """The exit code of the command (128 + the signal that ended it; STOPPED if that was ours, which it did not hear
+        yet).
 
         It has a process group of its own, so that the Ctrl-C of a terminal reaches it only through us.
         """
@@ -207,6 +208,8 @@ class Children:
             self._tell(child)
         code = child.wait()
         self._running.discard(child)
+        if code == -signal.SIGTERM and child in self._told:
+            return STOPPED
         return code if code >= 0 else 128 - code
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
