@@ -140,10 +140,21 @@ def resize(model: nn.Module, site: Site, units: Tensor) -> None:
     if of_config:
         for module in _with_config(owner):
             module.config = OwnSizes(module.config, of_config)
+    for module in owner.modules():
+        _forget(module)
     arguments = tuple(size for size in site.sizes if isinstance(size, Argument))
     if arguments:
         heads = (units.unsqueeze(1) * site.heads + torch.arange(site.heads)).flatten()
         override_forward(owner, KeptHeads(arguments, heads, site.width * site.heads))
+
+
+def _forget(module: nn.Module) -> None:
+    """Empties the dictionaries in which a module keeps tensors that it made of its parameters, as LeViT does the
+    position biases of a first forward pass: they have the heads of before."""
+    for name, value in vars(module).items():
+        is_own = name not in ("_parameters", "_buffers", "_modules")
+        if is_own and type(value) is dict and value and all(isinstance(part, Tensor) for part in value.values()):
+            value.clear()
 
 
 @dataclass(frozen=True)

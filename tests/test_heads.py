@@ -140,6 +140,18 @@ def test_the_same_sites_without_weights() -> None:
         str(site) for site in find_heads(built.model).values()]
 
 
+def test_what_a_module_has_kept_of_a_forward_pass_is_forgotten() -> None:
+    """LeViT looks its position biases up once: here before its heads are cut."""
+    built = build("levit")
+    sites = find_heads(built.model)
+    units = random_units(sites)
+    run(built, built.model)
+    kept = [module.attention_bias_cache for module in built.model.modules() if hasattr(module, "attention_bias_cache")]
+    assert all(kept)
+    sliced = stt.apply(copy.deepcopy(built.model), units)
+    assert difference(run(built, sliced), run(built, masked(built.model, sites, units))) <= TOLERANCE
+
+
 def test_neurons_are_found_as_before() -> None:
     built = build("gpt2")
     before = {name: str(site) for name, site in find_sites(copy.deepcopy(built.model)).items()}
