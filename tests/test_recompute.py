@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import classifying
@@ -15,7 +16,9 @@ from transformers import AutoModelForCausalLM, OpenAIGPTConfig, OpenAIGPTModel
 
 from benchmarks.memory import saved_bytes
 from stt.errors import InputError
+from stt.llm_arguments import LLMArgs
 from stt.loss import chunked_loss
+from stt.recipe import check_same_flags
 from stt.trainers.memory import check_can_recompute, recompute
 
 
@@ -67,6 +70,14 @@ def test_classifiers(mode: str, tmp_path: Path) -> None:
         assert classifying.run(data, tmp_path / name, "--num_epoch", "1", "--no_eval_epochs", *flags) == 0
     assert losses(tmp_path / "plain") == losses(tmp_path / "less")
     assert weights(tmp_path / "plain") == weights(tmp_path / "less")
+
+
+def test_a_run_may_go_on_with_it(tmp_path: Path) -> None:
+    args = replace(LLMArgs(), run_name="run", output_dir=str(tmp_path))
+    (tmp_path / "args.json").write_text(json.dumps({"arguments": asdict(args), "processes": 1}))
+    check_same_flags(tmp_path, replace(args, activation_checkpointing=True))
+    with pytest.raises(InputError, match="lora_r 16, now it is 8"):
+        check_same_flags(tmp_path, replace(args, activation_checkpointing=True, lora_r=8))
 
 
 def test_a_model_that_cannot_is_refused(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
