@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from stt.dataset.classification import LabelTask
     from stt.dataset.classification.encode import Rows
     from stt.evaluate.classifier import ClassifierJudge
+    from stt.selective_optimizers.recipe import Growing
 
 
 def main(args: ClassifierAblationArgs) -> int:
@@ -58,7 +59,7 @@ def main(args: ClassifierAblationArgs) -> int:
     bench = replace(bench, judge=ClassifierJudge(bench.load, task, encoder, args.eval_batch, dtype))
     rows = (*bench.rows, *bench.judge.validation_rows, *bench.judge.test_rows)
     check_classifier(model, encoder.batch([max(rows, key=encoder.length)]))
-    if any(arm.cuts for arm in plan.arms):
+    if any(arm.mode.chooses_units for arm in plan.arms):
         modes.check_sites(model, args.partial, args.units)
     if args.activation_checkpointing:
         check_can_recompute(model)
@@ -123,10 +124,11 @@ class ClassifierBench:
     def arguments(self, args: ClassifierAblationArgs, folder: Path) -> TrainingArguments:
         return loop_arguments(args, folder, self.device, self.dtype)
 
-    def train(self, model: PreTrainedModel, arguments: TrainingArguments, log: Callable[..., None]) -> None:
+    def train(self, model: PreTrainedModel, arguments: TrainingArguments, log: Callable[..., None],
+              growing: Growing | None = None) -> None:
         from stt.trainers.classify import train
 
-        train(model, self.judge.encoder, self.rows, arguments, log)
+        train(model, self.judge.encoder, self.rows, arguments, log, make_optimizer=growing)
 
     def correct(self, model: PreTrainedModel, split: str) -> list[bool]:
         rows = self.judge.validation_rows if split == "validation" else self.judge.test_rows

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from stt.distill import Teacher
     from stt.evaluate.llm import Judge
     from stt.packing import Packing
+    from stt.selective_optimizers.recipe import Growing
 
 
 def main(args: LLMAblationArgs) -> int:
@@ -55,7 +56,7 @@ def main(args: LLMAblationArgs) -> int:
     model = bench.load(args.seed)
     check_decoder(model, tokenizer)
     judge.check_lengths(model, bench.encoded)
-    if any(arm.cuts for arm in plan.arms):
+    if any(arm.mode.chooses_units for arm in plan.arms):
         modes.check_sites(model, args.partial, args.units)
     if args.activation_checkpointing:
         check_can_recompute(model)
@@ -142,11 +143,12 @@ class LLMBench:
 
         return training_arguments(args, folder, self.device, self.judge.autocast_dtype, args.group_by_length)
 
-    def train(self, model: PreTrainedModel, arguments: TrainingArguments, log: Callable[..., None]) -> None:
+    def train(self, model: PreTrainedModel, arguments: TrainingArguments, log: Callable[..., None],
+              growing: Growing | None = None) -> None:
         from stt.trainers.sft import train
 
         train(model, self.encoded, self.tokenizer.pad_token_id, arguments, log, packing=self.packing,
-              teach=self.teacher)
+              teach=self.teacher, make_optimizer=growing)
 
     def correct(self, model: PreTrainedModel, split: str) -> list[bool]:
         return [row["correct"] for row in self.judge.answers(model, getattr(self.task, split))]

@@ -58,9 +58,12 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 def peak_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, step: Callable[[], object]) -> int:
     """Most bytes during `step()`: weights, optimizer state, gradients and whatever else there is at that moment."""
-    device = next(model.parameters()).device
-    extra = _extra_on_gpu(step, device) if device.type == "cuda" else _extra_on_cpu(step)
-    return parameter_bytes(model) + optimizer_bytes(optimizer) + extra
+    return parameter_bytes(model) + optimizer_bytes(optimizer) + extra_bytes(next(model.parameters()).device, step)
+
+
+def extra_bytes(device: torch.device, step: Callable[[], object]) -> int:
+    """Most bytes that `step()` holds at a time beyond those it found."""
+    return _extra_on_gpu(step, device) if device.type == "cuda" else _extra_on_cpu(step)
 
 
 def _extra_on_cpu(step: Callable[[], object]) -> int:

@@ -274,13 +274,14 @@ class RunArgs:
         """A budget that can be read, and no flag about weights that are not chosen."""
         about = {"budget": (None, WEIGHT_MODES), "include_norm": (False, ("bitfit",)), "d3_exp": (1.0, ("id3",)),
                  "d3_eps": (1e-8, ("id3",)), "bias_correction": ("entry", ("id3",))}
+        given = set((self.mode or "").replace("id3_global", "id3").split(","))  # several in an ablation
         for name, (default, of_modes) in about.items():
-            if getattr(self, name) != default and self.mode not in of_modes:
+            if getattr(self, name) != default and not given & set(of_modes):
                 raise InputError(f"{name} is about single weights ({', '.join(of_modes)}), and the mode is "
                                  f"{self.mode!r}; leave it out.")
         if self.budget is not None:
             weights_in(self.budget, sys.maxsize)  # raises for what is no budget
-        if self.fsdp and self.mode in get_args(InPlaceMode):
+        if self.fsdp and given & set(get_args(InPlaceMode)):
             raise InputError(f"fsdp shards what mode {self.mode!r} trains in place; leave it out, and start with "
                              "torchrun alone.")
 
@@ -323,7 +324,7 @@ def filled(args: Args, task: str) -> Args:
         logger.info("defaults for %s: %s", Path(model).name if is_shipped else "a model that is not shipped", words)
     preset = PRESETS[args.preset] if args.mode in STT_MODES else {}
     chosen = {name: value for name, value in preset.items() if getattr(args, name) is None}
-    if args.mode in WEIGHT_MODES and args.mode != "bitfit" and args.budget is None:
+    if args.budget is None and set((args.mode or "").split(",")) & {*WEIGHT_MODES, "id3_global"} - {"bitfit"}:
         chosen["budget"] = BUDGET_SHIPPED if is_shipped else BUDGET
     task = task if args.task is None and args.train_file is None else args.task
     return replace(args, model=model, task=task, **numbers, **chosen)

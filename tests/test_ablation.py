@@ -23,6 +23,7 @@ from stt.arguments import CHECKOUT
 from stt.errors import InputError, TrainingFailed
 from stt.modes import MODES
 from stt.selection import Selection
+from stt.selective_optimizers import recipe as in_place
 from stt.statistics import Difference
 from stt.trainers import loop
 
@@ -109,7 +110,8 @@ def test_what_stands_for_nothing() -> None:
 @pytest.mark.parametrize(("cls", "script"), [(LLMAblationArgs, train_llm), (ClassifierAblationArgs, train_classifier)])
 def test_no_dead_flag(cls: type, script: object) -> None:
     """Every flag is refused, or read by what the ablation runs."""
-    shared = [recipe.wandb, loop.training_arguments, arguments.filled, arguments.run_name, script.load_data]
+    shared = [recipe.wandb, loop.training_arguments, arguments.filled, arguments.run_name, script.load_data,
+              in_place.choose, in_place.Growing]
     shared += [llm_arguments.resolved] if script is train_llm else [script.load_reader, script.loop_arguments,
                                                                     script.source]
     name = "llm_ablation.py" if script is train_llm else "classifier_ablation.py"

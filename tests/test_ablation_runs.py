@@ -211,3 +211,15 @@ def test_help_is_quick(program: str) -> None:
 def test_trials_are_compared_on_a_part_of_the_validation_data(small: list[str], tmp_path: Path) -> None:
     assert ablate(small, tmp_path, "--mode", "random", "--lrs", "1e-3,3e-3", "--seeds", "1", "--val_size", "2") == 0
     assert [row["n"] for row in rows_of(tmp_path)][:2] == [2, 2]
+
+
+def test_modes_that_remove_nothing(small: list[str], tmp_path: Path) -> None:
+    """As many weights in each, beside the head; neurons in place are as many as STT keeps."""
+    assert ablate(small, tmp_path, "--mode", "pafi,id3,id3_global,train_in_place", "--lr", "1e-3", "--budget", "1000",
+                  "--keep_ratio", "0.3") == 0
+    rows = {row["mode"]: row for row in rows_of(tmp_path)}
+    assert {name: rows[name]["trained_without_head"] for name in ("pafi", "id3", "id3_global")} == \
+        {"pafi": 1000, "id3": 1000, "id3_global": 1000}
+    assert {row["kept"] for row in rows.values()} == {1.0}
+    assert rows["id3"]["perplexity"] != rows["id3_global"]["perplexity"]
+    assert rows["train_in_place"]["trained_without_head"] > 1000

@@ -84,6 +84,36 @@ def test_d05_optimizers_that_mix_weights_are_refused(base: type[Optimizer]) -> N
         selective(build(), base=base)
 
 
+class Normed(SGD):
+    """Moves every tensor by a share of its norm, as LARS and LAMB do."""
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> None:
+        for group in self.param_groups:
+            for tensor in group["params"]:
+                tensor.sub_(tensor.grad / tensor.grad.norm() * tensor.norm(), alpha=group["lr"])
+
+
+class Blockwise(SGD):
+    """Keeps one number for every two weights, as 8-bit optimizers do."""
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> None:
+        super().step()
+        for group in self.param_groups:
+            for tensor in group["params"]:
+                self.state[tensor]["scale"] = torch.ones(tensor.numel() // 2)
+
+
+def test_d05_optimizers_of_others_are_tried_out() -> None:
+    """Also where the first rate is 0, as at the start of a warm-up."""
+    for lr in (0.0, 1e-9, 0.1):
+        with pytest.raises(InputError, match="Normed does not train single weights.*what its neighbours are"):
+            selective(build(), base=Normed, lr=lr)
+    with pytest.raises(InputError, match="Blockwise does not.*not one number per weight"):
+        selective(build(), base=Blockwise, lr=0.1)
+
+
 def test_d05_an_optimizer_that_moves_weights_without_a_gradient() -> None:
     model = build()
     train(model, selective(model, base=ASGD, budget=100, lr=1e-2), batches(12))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 from stt.errors import InputError, TrainingFailed
+from stt.selection import Selection
 from stt.selective_optimizers.optimizer import SelectiveOptimizer
 from stt.selective_optimizers.schedules import Static
 from stt.selective_optimizers.select import select_weights
@@ -314,6 +315,35 @@ def test_verify_names_the_tensor_that_something_else_changed() -> None:
         optimizer.post_train_work()
 
 
+def test_a_model_that_changes_its_dtype_after_the_optimizer_is_built() -> None:
+    """As with a device: what was chosen stays, and the vectors follow."""
+    ours, theirs = build(), build(dtype=torch.float64)
+    before, after = selective(ours, "pafi", lr=1e-2), selective(theirs, "pafi", lr=1e-2)
+    ours.double()
+    train(ours, before, batches(4, dtype=torch.float64))
+    train(theirs, after, batches(4, dtype=torch.float64))
+    assert torch.equal(weights(ours), weights(theirs))
+    spread = build()
+    optimizer = selective(spread, "pafi", lr=1e-2)
+    spread[0].double()
+    for parameter in spread.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(InputError, match="spread over devices or dtypes"):
+        optimizer.step()
+
+
+def test_the_selection_says_what_chose_it(tmp_path: Path) -> None:
+    for method, score, options in (("id3", "d3", {"exp": 1.0, "eps": 1e-8}), ("pafi", "smallest", {}),
+                                   ("bitfit", "bias", {"include_norm": False})):
+        model = build()
+        optimizer = selective(model, method, budget=30, lr=1e-2)
+        train(model, optimizer, batches(1))
+        selection = optimizer.selection(model)
+        assert (selection.meta["score"], selection.meta["options"], selection.meta["budget"]) == (score, options, 30)
+        selection.save(tmp_path / "selection.safetensors")
+        assert Selection.load(tmp_path / "selection.safetensors") == selection
+
+
 def test_one_class_for_the_same_arguments() -> None:
     assert get_selective_optimizer(AdamW, "id3") is get_selective_optimizer(AdamW, "id3")
     assert issubclass(get_selective_optimizer(AdamW, "id3"), Optimizer)
@@ -345,6 +375,8 @@ def test_wrong_methods_and_groups_are_told() -> None:
     model = build()
     with pytest.raises(InputError, match="unknown method 'id4'.*Did you mean 'id3'"):
         get_selective_optimizer(AdamW, "id4")
+    with pytest.raises(InputError, match="must be a class of optimizers.*got 'adamw'"):
+        get_selective_optimizer("adamw", "id3")
     whole = [{"params": model.parameters(), "choose_all": True}]
     with pytest.raises(InputError, match="leaves nothing to choose beside the 511"):
         get_selective_optimizer(AdamW, "id3")(whole, budget=511, max_steps=3)

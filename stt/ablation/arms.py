@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from stt import scores
 from stt.errors import InputError, unknown_name
-from stt.modes import MODES, Mode
+from stt.modes import IN_PLACE, MODES, Mode
 
 CALIBRATION = "calibration"
 
@@ -27,6 +27,7 @@ class Arm:
     is_cut_after: bool = False
     tune_attn: bool = False
     keep_ratio: float | None = None  # of --keep_ratios
+    bias_correction: str | None = None
 
     @property
     def label(self) -> str:
@@ -36,7 +37,7 @@ class Arm:
     @property
     def cuts(self) -> bool:
         """Whether units are removed."""
-        return self.mode.score is not None
+        return self.mode.cuts
 
     @property
     def own_data(self) -> bool:
@@ -46,7 +47,8 @@ class Arm:
 
 # The published names that are no mode of training: finetune and baseline are two names of one thing.
 ARMS = {
-    **{name: Arm(name, mode) for name, mode in MODES.items()},
+    **{name: Arm(name, mode) for name, mode in (MODES | IN_PLACE).items()},
+    "id3_global": Arm("id3_global", IN_PLACE["id3"], bias_correction="global"),
     "finetune": Arm("finetune", MODES["baseline"]),
     "gateprod": Arm("gateprod", Mode("gate_product", "kept")),
     "activation_mean_value": Arm("activation_mean_value", Mode("activation_mean", "kept")),
@@ -69,7 +71,7 @@ def find(names: Sequence[str], thresholds: Sequence[float], sample_ratios: Seque
     if tune_attn:
         arms = [replace(arm, tune_attn=arm.cuts) for arm in arms]
     return [each for arm in arms for each in ([replace(arm, keep_ratio=ratio) for ratio in keep_ratios]
-                                              if arm.cuts and keep_ratios else [arm])]
+                                              if arm.mode.chooses_units and keep_ratios else [arm])]
 
 
 def _named(name: str, thresholds: Sequence[float], sample_ratios: Sequence[float]) -> list[Arm]:

@@ -17,6 +17,8 @@ from stt.batches import Batch
 from stt.recipe import kept_fraction
 from stt.selecting import Budget
 from stt.selection import Selection
+from stt.selective_optimizers import recipe as in_place
+from stt.selective_optimizers.recipe import Growing
 from stt.surgery import count_parameters
 from stt.trainers.memory import recompute
 from util.utils import set_seed
@@ -44,8 +46,9 @@ class Bench(Protocol):
     def arguments(self, args: RunArgs, folder: Path) -> TrainingArguments:
         """What Trainer is told; nothing is saved or evaluated on the way."""
 
-    def train(self, model: PreTrainedModel, arguments: TrainingArguments, log: Log) -> None:
-        """Train what requires gradients."""
+    def train(self, model: PreTrainedModel, arguments: TrainingArguments, log: Log,
+              growing: Growing | None = None) -> None:
+        """Train what requires gradients, or what `growing` chooses of it."""
 
     def correct(self, model: PreTrainedModel, split: str) -> list[bool]:
         """Whether each "validation" or "test" item is answered rightly."""
@@ -66,18 +69,24 @@ def run(bench: Bench, cell: Cell, folder: Path, log: Log) -> Row:
         _train(bench, args, model, folder, log)
         args = replace(args, lr=args.recovery_lr, num_epoch=1, train_batch=max(1, args.train_batch // 2),
                        gradient_accumulation_steps=2 * args.gradient_accumulation_steps)
-    if arm.cuts:
+    args = args if arm.bias_correction is None else replace(args, bias_correction=arm.bias_correction)
+    growing = Growing(args) if arm.mode.trains == "growing" else None
+    if arm.mode.chooses_units:
         selection, _ = select(bench, arm, model, args.seed)
+    elif arm.mode.trains == "weights":
+        selection = in_place.choose(model, arm.mode.score, args)
     _prepare(args, arm.mode, model, selection, arm.tune_attn)
     if arm.is_cut_after and not cell.is_trial:
         row["accuracy_cut"] = _share(bench.correct(model, "test"))
-    counts = counts or count_parameters(model)
-    _train(bench, args, model, folder, log)
+    counts = counts or (growing.counts(model) if growing else count_parameters(model))
+    _train(bench, args, model, folder, log, growing)
+    if arm.mode.is_in_place:
+        in_place.finished(model, growing)
     modes.merge_adapters(model)
     correct = bench.correct(model, "validation" if cell.is_trial else "test")
     row |= {"accuracy": _share(correct), "n": len(correct)}
     if not cell.is_trial:
-        row |= {"correct": packed(correct), **_kept(selection), "trained": counts["trained"],
+        row |= {"correct": packed(correct), **_kept(selection if arm.cuts else None), "trained": counts["trained"],
                 "trained_without_head": counts["trained_without_head"], **bench.more(model)}
     return row | {"seconds": round(time.perf_counter() - started, 1)}
 
@@ -127,15 +136,19 @@ def mean_over_sites(by_site: Mapping[str, float]) -> float:
 
 def _prepare(args: RunArgs, mode: modes.Mode, model: PreTrainedModel, selection: Selection | None,
              tune_attn: bool = False) -> None:
+    if mode.is_in_place:
+        in_place.prepare(model, selection, args.head)
+        return
     lora = modes.Lora(args.lora_r, args.lora_alpha, args.lora_dropout)
     modes.prepare(mode, model, selection, lora, args.head, tune_attn)
 
 
-def _train(bench: Bench, args: RunArgs, model: PreTrainedModel, folder: Path, log: Log) -> None:
+def _train(bench: Bench, args: RunArgs, model: PreTrainedModel, folder: Path, log: Log,
+           growing: Growing | None = None) -> None:
     arguments = bench.arguments(args, folder)
     if args.activation_checkpointing:
         recompute(model)
-    bench.train(model, replace(arguments, save_strategy="no", eval_strategy="no"), log)
+    bench.train(model, replace(arguments, save_strategy="no", eval_strategy="no"), log, growing)
     if args.activation_checkpointing:
         model.activation_checkpointing_disable()
 

@@ -28,7 +28,7 @@ class Group:
 def group_of(number: int, group: Mapping[str, object], names: Mapping[int, str], together: bool) -> Group:
     """The tensors of `group` by name: those it came with, else `names` by id, else made-up ones.
 
-    Raises InputError for a tensor that holds no real numbers.
+    Raises InputError for a tensor that holds no real numbers, and for a shard of one.
     """
     given = group.get("param_names") or [names.get(id(tensor), f"{NAMELESS}{number}.{i}")
                                          for i, tensor in enumerate(group["params"])]
@@ -36,6 +36,9 @@ def group_of(number: int, group: Mapping[str, object], names: Mapping[int, str],
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise InputError(f"{name} is a tensor of {tensor.dtype}: the optimizer trains floating-point ones")
+        if hasattr(tensor, "device_mesh"):
+            raise InputError(f"{name} is sharded over processes, and weights are chosen from whole tensors: take DDP, "
+                             "or stt.attach(model, selection)")
     if group[CHOOSE_ALL]:
         return Group({}, tensors)
     return Group(tensors, {}, pools_of(tensors, together))

@@ -31,9 +31,11 @@ logger = logging.getLogger(__name__)
 OURS = ("params", "param_names", CHOOSE_ALL)  # keys of a parameter group that are not the base optimizer's
 STATE = "selective"  # key in the state dict
 OWN = ("budget", "schedule", "max_grad_norm", "_base", "_arguments", "_together", "_groups", "_trainer",
-       "_start_of_whole", "_digests", "_catcher")  # attributes that a copy needs, too
+       "_candidates", "_whole", "_start_of_whole", "_digests", "_catcher")  # attributes that a copy needs, too
 CORRECTIONS = ("global", "entry")
 GATHERS = ("step", "backward")
+PASSES = ("there were more backward passes before a step than accumulation_steps= says, and the schedule chooses by "
+          "their sum: say how many, or take gather=\"step\"")
 
 
 class SelectiveOptimizer(Optimizer):
@@ -66,7 +68,7 @@ class SelectiveOptimizer(Optimizer):
         check_elementwise(base, arguments, self.param_groups[0]["params"][0].device)
         groups = [group_of(i, group, names, self._together) for i, group in enumerate(self.param_groups)]
         self.budget = budget_of(budget, groups, schedule.grows)
-        self._groups = groups
+        self._take(groups)
         self._trainer = self._new_trainer()
         self._start_of_whole = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._whole.items()}
         self._add(schedule.first(self._candidates, self._room))
@@ -85,12 +87,21 @@ class SelectiveOptimizer(Optimizer):
                 loss = closure()
         self._follow_devices()
         whole = [tensor.grad for tensor in (self._whole | self._active()).values() if tensor.grad is not None]
-        gradients = self._catcher.kept if self._catcher is not None else dense(self._candidates)
+        gradients = dense(self._candidates)
+        if self._catcher is not None:
+            if gradients.keys() & self._catcher.kept.keys():
+                raise InputError(PASSES)
+            gradients |= self._catcher.kept
         if whole or gradients:
             self._step(gradients, whole)
         if self._catcher is not None:
             self._catcher.clear()
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        if self._catcher is not None:
+            self._catcher.clear()
 
     def _step(self, gradients: Mapping[str, Dense | Kept], whole: list[Tensor]) -> None:
         new = self._number_of_new()
@@ -150,8 +161,7 @@ class SelectiveOptimizer(Optimizer):
         new = self._number_of_new()
         if before is not None:
             if new:
-                raise InputError("several backward passes before a step, and a schedule that chooses by their sum: say "
-                                 "how many in accumulation_steps=, or take gather=\"step\"")
+                raise InputError(PASSES)
             before.add(tensor.grad)
             return before
         kept = Kept(tensor.grad, next(pool.ids[name] for pool in self._pools if name in pool.ids))
@@ -170,7 +180,8 @@ class SelectiveOptimizer(Optimizer):
         tensors = named_tensors(model)
         units = self._units(tensors)
         along = {name: axis for name, (axis, _) in units.items() if axis is not None}
-        meta = {"unit": "weight", "score": type(self.schedule).__name__.lower(), "budget": self.budget}
+        meta = {"unit": "weight", "budget": self.budget, "schedule": type(self.schedule).__name__.lower(),
+                **self.schedule.origin}
         return selection_of({name: ids for name, (_, ids) in units.items()}, along, tensors, meta)
 
     def start_values(self, model: nn.Module) -> dict[str, Tensor]:
@@ -252,6 +263,8 @@ class SelectiveOptimizer(Optimizer):
         self._digests = dict(ours["digests"])
         self._trainer = self._new_trainer()
         self._trainer.load_state_dict(copy.deepcopy(ours["base"]))
+        if self._catcher is not None:
+            self._catcher.clear()
 
     def add_param_group(self, param_group: dict[str, object]) -> None:
         """One more group. Raises InputError, once training may have begun, for one the budget has no room for, and for
@@ -264,8 +277,10 @@ class SelectiveOptimizer(Optimizer):
         if reason:
             self.param_groups.pop()
             raise InputError(reason)
-        self._groups.append(added)
+        self._take([*self._groups, added])
         self._start_of_whole |= {name: tensor.detach().to("cpu", copy=True) for name, tensor in added.whole.items()}
+        if self._digests:
+            self._digests |= {name: digest(tensor) for name, tensor in added.candidates.items()}
         self._trainer.add_param_group(self._base_group(len(self._groups) - 1))
         self._renew()
         return None
@@ -287,17 +302,14 @@ class SelectiveOptimizer(Optimizer):
 
     # ------------------------------------------------------------ parts
 
+    def _take(self, groups: list[Group]) -> None:
+        self._groups = groups
+        self._candidates = {name: tensor for group in groups for name, tensor in group.candidates.items()}
+        self._whole = {name: tensor for group in groups for name, tensor in group.whole.items()}
+
     @property
     def _pools(self) -> list[Pool]:
         return [pool for group in self._groups for pool in group.pools]
-
-    @property
-    def _candidates(self) -> dict[str, nn.Parameter]:
-        return {name: tensor for group in self._groups for name, tensor in group.candidates.items()}
-
-    @property
-    def _whole(self) -> dict[str, nn.Parameter]:
-        return {name: tensor for group in self._groups for name, tensor in group.whole.items()}
 
     @property
     def _room(self) -> int:
@@ -331,17 +343,9 @@ class SelectiveOptimizer(Optimizer):
         """Give the base optimizer the parameters that train now; the state of those that no longer do goes."""
         for number, group in enumerate(self._trainer.param_groups):
             trained, before = self._trained(number), group["params"]
-            if [id(parameter) for parameter in trained] == [id(parameter) for parameter in before]:
-                continue
-            known = {id(parameter) for parameter in before}
             group["params"] = trained
             for parameter in {*before} - {*trained}:
                 self._trainer.state.pop(parameter, None)
-            new = [parameter for parameter in trained
-                   if id(parameter) not in known and parameter not in self._trainer.state]
-            if new:  # what some optimizers, such as Adagrad, make when they are built
-                fresh = self._base([self._base_group(number) | {"params": new}], **self._arguments)
-                self._trainer.state.update(fresh.state)
 
     def _share(self, given: list[dict[str, object]], taking: list[dict[str, object]]) -> None:
         """Copy the hyperparameters of these groups to those."""

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from stt.errors import InputError
 from stt.selective_optimizers.weights import read, write
 
 # Shapes: n entries of a pool, k entries of one tensor.
@@ -96,7 +97,8 @@ class Pool:
         if not new:
             return
         values = torch.cat([read(self.tensors[name].detach(), None, ids) for name, ids in new.items()])
-        keys = torch.cat([self._keys(), *(ids + self._offsets()[name] for name, ids in new.items())])
+        offsets = self._offsets()
+        keys = torch.cat([self._keys(), *(ids + offsets[name] for name, ids in new.items())])
         self.start = torch.cat([self.start, values])
         if self.blank is None or not self.cohorts:
             self.cohorts.append(self._parameter(values[:0] if self.blank is not None else values))
@@ -136,7 +138,11 @@ class Pool:
                 "start": self.start, "values": [cohort.detach() for cohort in self.cohorts]}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Take over what `state_dict` gave, on the device where the tensors are."""
+        """Take over what `state_dict` gave, on the device where the tensors are. Raises InputError if they are on
+        several by now."""
+        if len({(tensor.device, tensor.dtype) for tensor in self.tensors.values()}) > 1:
+            raise InputError("the model was spread over devices or dtypes after the optimizer was built: build the "
+                             "optimizer afterwards")
         some = next(iter(self.tensors.values()))
         self.device, self.stored = some.device, some.dtype
         self.dtype = torch.promote_types(some.dtype, torch.float32)

@@ -87,7 +87,7 @@ def _count(tensors: list[nn.Parameter]) -> int:
     return sum(tensor.numel() for tensor in tensors)
 
 
-def finished(model: nn.Module, growing: Growing | None, new: Collection[str]) -> Patch:
+def finished(model: nn.Module, growing: Growing | None, new: Collection[str] = ()) -> Patch:
     """What was trained in place, and the plain model again. `new` are tensors that the base model has no values of."""
     if growing is None:
         patch = patch_of(model, new)

@@ -4,7 +4,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import ClassVar
 
 import torch
@@ -31,6 +31,11 @@ class Schedule:
 
     grows: ClassVar[bool] = False  # whether weights are chosen after the start
     done: int = field(default=0, init=False)
+
+    @property
+    def origin(self) -> dict[str, object]:
+        """The score that chooses and its options, for the meta of a selection."""
+        return {}
 
     def first(self, tensors: Tensors, k: int) -> Mapping[str, Tensor]:
         """Flat positions to train from the first step on, at most k."""
@@ -63,6 +68,10 @@ class Static(Schedule):
 
     choice: WeightScore | Selection
 
+    @property
+    def origin(self) -> dict[str, object]:
+        return origin_of(self.choice)
+
     def first(self, tensors: Tensors, k: int) -> dict[str, Tensor]:
         return chosen(self.choice, tensors, k)
 
@@ -73,6 +82,10 @@ class Biases(Schedule):
     Tensors without names: whatever has one dimension, as published."""
 
     include_norm: bool = False
+
+    @property
+    def origin(self) -> dict[str, object]:
+        return origin_of(Bias(self.include_norm))
 
     def first(self, tensors: Tensors, k: int) -> dict[str, Tensor]:
         has_names = not any(name.startswith(NAMELESS) for name in tensors)
@@ -100,6 +113,18 @@ def chosen(choice: WeightScore | Selection, tensors: Tensors, k: int) -> dict[st
     if count > k:
         raise InputError(f"the selection has {count:,} weights and the budget leaves {k:,}: raise budget=")
     return found
+
+
+def origin_of(choice: WeightScore | Selection) -> dict[str, object]:
+    """What a selection's meta says of the score that chose."""
+    if isinstance(choice, Selection):
+        return {key: choice.meta[key] for key in ("score", "options", "seed") if key in choice.meta}
+    return {"score": type(choice).__module__.rpartition(".")[2], "options": asdict(choice)}
+
+
+def _check_steps(name: str, steps: int | None) -> None:
+    if not isinstance(steps, int) or steps < 1:
+        raise InputError(f"{name}= must be a number of optimizer steps, 1 or more, got {steps}")
 
 
 def _flat(tensor: Tensor, axis: int | None, ids: Tensor) -> Tensor:
@@ -130,11 +155,16 @@ class Grow(Schedule):
     shape: str = "uniform"
 
     def __post_init__(self) -> None:
+        _check_steps("max_steps", self.max_steps)
         if set(self.by.needs) - {"gradient"}:
             raise InputError(f"the score {type(self.by).__name__} needs more than the gradient of a step: choose by it "
                              "with stt.select_weights")
         if self.shape not in SHAPES:
             raise unknown_name("schedule", str(self.shape), SHAPES)
+
+    @property
+    def origin(self) -> dict[str, object]:
+        return origin_of(self.by)
 
     def total(self, k: int) -> int:
         return SHAPES[self.shape](k, min(self.done, self.max_steps - 1), self.max_steps)
@@ -157,6 +187,16 @@ class Regrow(Schedule):
     every: int
     max_steps: int
     rate: float = 0.2
+
+    def __post_init__(self) -> None:
+        _check_steps("every", self.every)
+        _check_steps("max_steps", self.max_steps)
+        if not 0 < self.rate <= 1:
+            raise InputError(f"rate= must be a share of the chosen weights, above 0 and at most 1, got {self.rate}")
+
+    @property
+    def origin(self) -> dict[str, object]:
+        return origin_of(self.choice)
 
     def first(self, tensors: Tensors, k: int) -> dict[str, Tensor]:
         return chosen(self.choice, tensors, k)
@@ -181,6 +221,7 @@ class Rotate(Schedule):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _check_steps("every", self.every)
         self.blocks = [list(block) for block in self.blocks]
         if self.order not in (orders := ("ascending", "descending", "random")):
             raise unknown_name("order of blocks", str(self.order), orders)

@@ -22,8 +22,6 @@ SMALLEST_DIVISOR = 1e-30  # of a score, so that it stays a float32
 def id3(max_steps: int | None = None, exp: float = 1.0, eps: float = 1e-8, schedule: str = "uniform") -> Schedule:
     """Every one of `max_steps` steps adds the weights with the highest |g| / (eps + |w|)^exp.
     arxiv.org/abs/2408.14470. `eps` is that of the score; the base optimizer's is `base_eps`."""
-    if not isinstance(max_steps, int) or max_steps < 1:
-        raise InputError(f"max_steps= must be the number of optimizer steps, 1 or more, for ID3, got {max_steps}")
     if exp and (eps < 0 or eps ** exp < SMALLEST_DIVISOR):
         raise InputError(f"eps={eps} with exp={exp} lets the score of a weight of 0 leave the numbers: raise eps")
     return Grow(max_steps, scores.make("d3", exp=exp, eps=eps), schedule)
@@ -53,6 +51,9 @@ def get_selective_optimizer(optimizer_class: type[Optimizer], peft_to_use: str) 
     """
     if peft_to_use not in METHODS:
         raise unknown_name("method", str(peft_to_use), METHODS)
+    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Optimizer)):
+        raise InputError(f"optimizer_class must be a class of optimizers such as torch.optim.AdamW, got "
+                         f"{optimizer_class!r}")
     method = METHODS[peft_to_use]
     names = list(inspect.signature(method).parameters)
 

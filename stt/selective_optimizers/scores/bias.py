@@ -11,12 +11,13 @@ from stt.selective_optimizers.scores.base import Seen, WeightScore
 
 @dataclass(frozen=True)
 class Bias(WeightScore):
-    """`include_norm` takes every other tensor of one dimension too: the scales of norms."""
+    """A bias is what is called one (`in_proj_bias`, too). `include_norm` takes every other tensor of one dimension:
+    the scales of norms."""
 
     include_norm: bool = False
 
     def result(self, name: str, tensor: Tensor, seen: Seen) -> Tensor:
-        is_chosen = name.rpartition(".")[2] == "bias" or (self.include_norm and tensor.dim() == 1)
+        is_chosen = name.endswith("bias") or (self.include_norm and tensor.dim() == 1)
         return torch.full_like(tensor, 0.0 if is_chosen else -torch.inf)
 
 

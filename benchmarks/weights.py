@@ -1,0 +1,282 @@
+#!/usr/bin/env python
+"""What it costs to train chosen weights: stt's two back ends, full AdamW, the public package and PEFT's sparse tuners.
+
+    python benchmarks/weights.py                      # a Llama of 10.4 M weights, a budget of 32,000
+    python benchmarks/weights.py --out benchmarks/WEIGHTS.md
+
+One process; every round runs every row once, in an order that rotates. Times are medians; a ratio is the median over
+the rounds of the ratio within the round, in brackets its 95 % interval. Rows of packages that are not installed are
+left out (`pip install -e '.[bench]' -c requirements.txt`).
+"""
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import machine, memory
+from benchmarks.table import Table, with_interval
+from benchmarks.timing import Patience, Ratio, Work, alternate, ratio
+
+MB = 1e6
+SHARE = 0.019  # of every linear layer, for what is compared with PEFT
+KEEP = 0.3  # of the neurons, trained in place
+STEPS = 1000  # over which ID3 spends its budget
+
+
+@dataclass
+class Row:
+    """A model ready to train, its optimizer, and what the model holds beside the dense one's weights."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    held: list[Tensor] = field(default_factory=list)
+
+
+Make = Callable[[nn.Module, int], Row]
+
+
+# ---------------------------------------------------------------- rows
+
+
+def full(fused: bool) -> Make:
+    def make(model: nn.Module, budget: int) -> Row:
+        return Row(model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused))
+    return make
+
+
+def public(method: str) -> Make:
+    def make(model: nn.Module, budget: int) -> Row:
+        from selective_optimizers.wrap import get_selective_optimizer
+
+        own = {"max_steps": STEPS} if method == "id3" else {}
+        return Row(model, get_selective_optimizer(torch.optim.AdamW, method)(
+            params=model.parameters(), lr=1e-4, budget=budget, verify=False, **own))
+    return make
+
+
+def wrapper(method: str) -> Make:
+    def make(model: nn.Module, budget: int) -> Row:
+        from stt.selective_optimizers.wrap import get_selective_optimizer
+
+        own = {"max_steps": STEPS} if method == "id3" else {}
+        return Row(model, get_selective_optimizer(torch.optim.AdamW, method)(
+            params=model.parameters(), lr=1e-4, budget=budget, weight_decay=0.0, **own))
+    return make
+
+
+def leaf(model: nn.Module, budget: int) -> Row:
+    import stt
+
+    return attached(model, stt.select_weights(model, score="smallest", budget=budget))
+
+
+def leaf_of_largest(model: nn.Module, budget: int) -> Row:
+    """The weights that Super-Tuning takes."""
+    from stt.selective_optimizers.choose import top_entries
+    from stt.selective_optimizers.weights import named_tensors, selection_of
+
+    weights = {f"{name}.weight": module.weight.detach() for name, module in linears(model).items()}
+    units = {name: top_entries(weight.abs().flatten(), int(SHARE * weight.numel())) for name, weight in weights.items()}
+    return attached(model, selection_of(units, {}, named_tensors(model), {}))
+
+
+def leaf_of_rows(model: nn.Module, budget: int) -> Row:
+    import stt
+
+    return attached(model, stt.select(model, score="magnitude", keep=KEEP))
+
+
+def attached(model: nn.Module, selection: object) -> Row:
+    import stt
+    from stt.selective_optimizers.leaf import Leaf
+
+    stt.attach(model, selection)
+    leaves = [module for module in model.modules() if isinstance(module, Leaf)]
+    held = [tensor for each in leaves for tensor in (each.values, each.ids)] + list(model.stt_attached.start.values())
+    return Row(model, torch.optim.AdamW(stt.selected_parameters(model), lr=1e-4), held)
+
+
+def sparse_tuner(name: str) -> Make:
+    """PEFT's, on all linear layers but the head, of as many weights."""
+    def make(model: nn.Module, budget: int) -> Row:
+        import peft
+
+        targets = list(linears(model))
+        if name == "supertuning":
+            config = peft.SupertuningConfig(target_modules=targets, sparsity=1 - SHARE)
+        else:  # SHiRA gives every layer r * (D + F) weights
+            shape = linears(model)[targets[0]].weight.shape
+            config = peft.ShiraConfig(target_modules=targets, r=max(1, round(SHARE * shape.numel() / sum(shape))))
+        before = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        tuned = peft.get_peft_model(model, config)
+        trained = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
+        held = [tensor for tensor in (*tuned.parameters(), *tuned.buffers()) if id(tensor) not in before]
+        return Row(tuned, torch.optim.AdamW(trained, lr=1e-4), held)
+    return make
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every linear layer but the head."""
+    head = model.get_output_embeddings()
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
+            and module is not head}
+
+
+ROWS: dict[str, tuple[str | None, Make]] = {  # the package that it needs
+    "full, AdamW": (None, full(False)),
+    "full, fused AdamW": (None, full(True)),
+    "public package, PaFI": ("selective_optimizers", public("pafi")),
+    "stt wrapper, PaFI": (None, wrapper("pafi")),
+    "stt leaf, PaFI": (None, leaf),
+    "public package, ID3": ("selective_optimizers", public("id3")),
+    "stt wrapper, ID3": (None, wrapper("id3")),
+    "PEFT Super-Tuning, 1.9 %": ("peft", sparse_tuner("supertuning")),
+    "PEFT SHiRA, 1.9 %": ("peft", sparse_tuner("shira")),
+    "stt leaf, Super-Tuning's 1.9 %": (None, leaf_of_largest),
+    "stt leaf, rows of 30 % of the neurons": (None, leaf_of_rows),
+}
+# (words, what is measured, of which row, against which, at most)
+LIMITS = (("a static step / AdamW's", "step", "stt leaf, PaFI", "full, AdamW", None),
+          ("an ID3 step / the public package's", "step", "stt wrapper, ID3", "public package, ID3", 0.35),
+          ("peak memory / Super-Tuning's, same weights", "peak", "stt leaf, Super-Tuning's 1.9 %",
+           "PEFT Super-Tuning, 1.9 %", 1.0),
+          ("forward and backward of rows / full", "pass", "stt leaf, rows of 30 % of the neurons", "full, AdamW", 0.9))
+MOST_MS, MOST_STATE = 5.0, 0.3  # of a static step, and MB of its optimizer state
+
+
+# ---------------------------------------------------------------- measurements
+
+
+def llama(size: str) -> nn.Module:
+    """Random weights: 10.4 M of them, or few for a test."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"small": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8, "vocab_size": 8192},
+             "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 128}}[size]
+    return LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=4))
+
+
+def passed(model: nn.Module, ids: Tensor) -> None:
+    model(input_ids=ids, labels=ids).loss.backward()
+
+
+def bytes_in(value: object) -> int:
+    """Of all tensors in nested containers."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return sum(bytes_in(part) for part in parts)
+
+
+def state_and_rest(row: Row) -> tuple[int, int]:
+    """Bytes of the base optimizer's state, and of what else is held for training: masks, positions, values."""
+    whole = row.optimizer.state_dict()
+    state = whole["selective"]["base"]["state"] if "selective" in whole else whole["state"]
+    masks = [group.get("chosen_masks", []) for group in row.optimizer.param_groups]
+    pools = whole["selective"]["pools"] if "selective" in whole else []
+    return bytes_in(state), bytes_in(masks) + bytes_in(pools) + bytes_in(row.held)
+
+
+def peak(row: Row, ids: Tensor) -> int:
+    """Most bytes above the weights of the model in one whole step."""
+    def step() -> None:
+        row.optimizer.zero_grad()
+        passed(row.model, ids)
+        row.optimizer.step()
+
+    step()
+    row.optimizer.zero_grad()
+    return sum(state_and_rest(row)) + memory.extra_bytes(ids.device, step)
+
+
+def timed(rows: Mapping[str, Row], ids: Tensor, patience: Patience) -> tuple[dict[str, list[float]], ...]:
+    """Seconds of every optimizer step, and of every forward and backward pass."""
+    def zero(row: Row) -> None:
+        row.optimizer.zero_grad()
+
+    def ready(row: Row) -> None:
+        row.optimizer.zero_grad()
+        passed(row.model, ids)
+
+    steps = {name: Work(lambda _, row=row: row.optimizer.step(), lambda row=row: ready(row))
+             for name, row in rows.items()}
+    passes = {name: Work(lambda _, row=row: passed(row.model, ids), lambda row=row: zero(row))
+              for name, row in rows.items()}
+    return alternate(steps, patience, ids.device), alternate(passes, patience, ids.device)
+
+
+# ---------------------------------------------------------------- the table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="small", choices=("small", "tiny"), help="of the model")
+    parser.add_argument("--budget", type=int, default=32_000, help="weights to train")
+    parser.add_argument("--seconds", type=float, default=120, help="for each of the two timings")
+    parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: on a machine that is busy")
+    parser.add_argument("--out", type=Path, help="also write the table here")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    base = llama(args.size).to(device).train()
+    ids = torch.randint(0, base.config.vocab_size, (2, 128), generator=torch.Generator().manual_seed(1)).to(device)
+    rows = {name: make(copy.deepcopy(base), args.budget) for name, (package, make) in ROWS.items()
+            if package is None or importlib.util.find_spec(package)}
+    peaks = {name: float(peak(row, ids)) for name, row in rows.items()}
+    bytes_of = {name: state_and_rest(row) for name, row in rows.items()}
+    steps, passes = timed(rows, ids, Patience(args.seconds, clock=args.clock))
+    page = written(base, args, (steps, passes), bytes_of, peaks, device)
+    print(page)
+    if args.out:
+        args.out.write_text(page, encoding="utf-8")
+    return 0
+
+
+def written(base: nn.Module, args: argparse.Namespace, times: tuple[dict[str, list[float]], ...],
+            bytes_of: Mapping[str, tuple[int, int]], peaks: Mapping[str, float], device: torch.device) -> str:
+    """The page: where, the table, and the ratios beside what they should be."""
+    steps, passes = times
+    weights = sum(parameter.numel() for parameter in base.parameters())
+    table = Table(f"{weights / 1e6:.1f} M weights, budget {args.budget:,}",
+                  ["", "step, ms", "forward + backward, ms", "optimizer state, MB", "masks, places, values, MB",
+                   "peak above the model, MB"],
+                  [[name, 1e3 * statistics.median(steps[name]), 1e3 * statistics.median(passes[name]),
+                    bytes_of[name][0] / MB, bytes_of[name][1] / MB, peaks[name] / MB] for name in steps],
+                  [f"Medians of {len(next(iter(steps.values())))} rounds, {args.clock} clock, load "
+                   f"{machine.load()[0]}."])
+    ratios = Table("Ratios", ["", "measured", "at most"], compared(steps, passes, peaks))
+    static = statistics.median(steps["stt leaf, PaFI"]) * 1e3
+    ratios.rows.append(["a static step, ms", static, MOST_MS])
+    ratios.rows.append(["its optimizer state, MB", bytes_of["stt leaf, PaFI"][0] / MB, MOST_STATE])
+    where = [f"- {name}: {value}" for name, value in {**machine.described(device), **machine.software()}.items()]
+    return "\n".join(["# Training chosen weights", "", "```bash", "python benchmarks/weights.py", "```", "", *where, "",
+                      table.markdown(), ratios.markdown()])
+
+
+def compared(steps: Mapping[str, list[float]], passes: Mapping[str, list[float]],
+             peaks: Mapping[str, float]) -> list[list[object]]:
+    """The rows of the ratios whose both sides were measured."""
+    found = []
+    for words, what, ours, theirs, most in LIMITS:
+        if ours in steps and theirs in steps:
+            timing = {"step": steps, "pass": passes}.get(what)
+            value = Ratio(peaks[ours] / peaks[theirs], *[peaks[ours] / peaks[theirs]] * 2, 1) if timing is None else \
+                ratio(timing[ours], timing[theirs])
+            found.append([words, f"{value.median:.3f}" if timing is None else with_interval(value), most])
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
