@@ -147,6 +147,7 @@ class RecordedTrainer(SelectiveTrainerMixin, Trainer):
             with writing(target, last_good(self.folder)):
                 with self._saving_in(staging):
                     super()._save_checkpoint(model, trial)
+                self._point_to_best()  # which Trainer names by the folder it wrote to
                 progress = self._progress()
                 ranks.wait_for_all()
                 if self.args.should_save:
