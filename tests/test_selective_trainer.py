@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from masked import batches, build, loss_of, train, weights
-from test_distributed import in_two_processes
 from test_selective_optimizer import chosen, selective
 from tiny_text import build_decoder
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 from transformers import Trainer, TrainingArguments
+from two_processes import in_two
 
 from stt.errors import InputError
 from stt.selective_optimizers.optimizer import SelectiveOptimizer
@@ -92,7 +92,7 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     model = build()
     optimizer = selective(model, lr=1e-2, max_grad_norm=0.1)
     train(model, optimizer, batches(12))
-    first, second = in_two_processes(in_a_process, tmp_path)
+    first, second = in_two(in_a_process, tmp_path)
     assert torch.equal(first["weights"], second["weights"])
     assert torch.equal(first["chosen"], second["chosen"])
     assert torch.equal(first["chosen"], chosen(model, optimizer))

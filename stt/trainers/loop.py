@@ -99,8 +99,8 @@ class RecordedTrainer(SelectiveTrainerMixin, Trainer):
         if self.args.world_size > 1 or examples <= self._parts:
             which = "more than one process" if self.args.world_size > 1 else "one example at a time"
             raise TrainingFailed(f"out of memory at step {self.state.global_step + 1} with {which} ({reason}); "
-                                 f"{last_good(self.folder)}. Lower --train_batch or --max_length, or take a smaller "
-                                 "model")
+                                 f"{last_good(self.folder)}. Lower --train_batch or --max_length, give "
+                                 "--activation_checkpointing, or take a smaller model")
         clear_device_cache(garbage_collection=True)
         self._parts *= 2
         logger.warning("out of memory at step %d (%s): micro-batches are halved to %d, as many are accumulated as make "
@@ -147,6 +147,7 @@ class RecordedTrainer(SelectiveTrainerMixin, Trainer):
             with writing(target, last_good(self.folder)):
                 with self._saving_in(staging):
                     super()._save_checkpoint(model, trial)
+                self._point_to_best()  # which Trainer names by the folder it wrote to
                 progress = self._progress()
                 ranks.wait_for_all()
                 if self.args.should_save:
