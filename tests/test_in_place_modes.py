@@ -83,11 +83,11 @@ def ending_at(step: int) -> object:
     return before
 
 
-@pytest.mark.parametrize("mode", ["pafi", "id3"])
-def test_classifier(mode: str, tmp_path: Path) -> None:
-    """A head that is drawn anew is in the patch as a whole."""
+@pytest.mark.parametrize(("mode", "head"), [("pafi", "train"), ("id3", "train"), ("pafi", "freeze")])
+def test_classifier(mode: str, head: str, tmp_path: Path) -> None:
+    """A head that is drawn anew is in the patch as a whole, also if it did not train."""
     flags = ["--mode", mode, "--budget", "500", "--train_size", "64", "--num_epochs", "1", "--run_name", "run",
-             "--output_dir", str(tmp_path)]
+             "--output_dir", str(tmp_path), "--head", head]
     assert cli.run(train_classifier.main, ClassifierArgs, flags) == 0
     patch = Patch.load(tmp_path / "run" / "patch.safetensors")
     classes = Classes("image", tuple(map(str, range(10))), 7, False)
@@ -97,6 +97,16 @@ def test_classifier(mode: str, tmp_path: Path) -> None:
     trained = load_file(tmp_path / "run" / "checkpoint" / "model.safetensors")
     assert all(torch.equal(value, trained[name]) for name, value in model.state_dict().items() if name in trained)
     assert results(tmp_path)["parameters"]["trained_without_head"] == 500
+
+
+def test_a_share_is_the_same_in_every_mode(small: list[str], tmp_path: Path) -> None:
+    """Of the whole model."""
+    counts = set()
+    for mode in ("pafi", "id3"):
+        assert run(small, tmp_path / mode, "--mode", mode, "--budget", "0.5%", "--train_size", "4", "--num_epoch", "1",
+                   "--no_eval_epochs") == 0
+        counts.add(results(tmp_path / mode)["parameters"]["trained_without_head"])
+    assert counts == {round(0.005 * sum(parameter.numel() for parameter in base().parameters()))}
 
 
 @pytest.mark.parametrize(("flags", "words"), [

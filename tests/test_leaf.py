@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import pytest
 import tiny
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import stt
@@ -223,6 +224,57 @@ def test_half_precision_weights_train_in_float32() -> None:
     for name, values in trained_values(model).items():
         assert torch.equal(plain(model)[name].flatten()[selection[name]], values.to(torch.bfloat16))
     assert any(not torch.equal(values, before[name]) for name, values in trained_values(model).items())
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_whole_tensors_of_a_half_precision_model_train(kind: str) -> None:
+    """Without autocast, and the model is of one dtype before, meanwhile and afterwards."""
+    model, batch = tiny.build(kind, torch.bfloat16)
+    stt.attach(model, stt.select_weights(model, score="bias"))
+    optimizer = torch.optim.SGD(stt.selected_parameters(model), lr=1e-2)
+    before = {name: tensor.clone() for name, tensor in plain(model).items()}
+    loss_of(model, batch).backward()
+    optimizer.step()
+    stt.detach(model)
+    assert {tensor.dtype for tensor in model.parameters()} == {torch.bfloat16}
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in plain(model).items())
+    tiny.outputs(model, batch)
+
+
+def test_a_wrapped_model_is_found() -> None:
+    model, batch = tiny.build("llama")
+    selection = random_weights(model)
+    stt.attach(model, selection)
+    compiled = torch.compile(model, backend="eager")
+    assert stt.patch_of(compiled).selection.keys() == selection.keys()
+    stt.detach(compiled)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    stt.attach(model, selection)
+    with pytest.raises(InputError, match="frozen or renamed"):
+        stt.selected_parameters(get_peft_model(model, LoraConfig(target_modules=["q_proj"])))
+
+
+def test_what_cannot_do_it_says_so() -> None:
+    class Scaled(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(3, 3))
+            self.gain = nn.Parameter(torch.ones(4))
+
+    model = Scaled()
+    with pytest.raises(InputError, match="Scaled.*runs through its children"):
+        stt.attach(model, selection_of({"gain": torch.tensor([1])}, {}, named_tensors(model), {}))
+    model = nn.Embedding(5, 3, max_norm=1.0)
+    with pytest.raises(InputError, match="max_norm"):
+        stt.attach(model, selection_of({"weight": torch.tensor([1])}, {}, named_tensors(model), {}))
+    model, _ = tiny.build("llama")
+    stt.attach(model, random_weights(model))
+    layer = model.model.layers[0].mlp.up_proj
+    with pytest.raises(InputError, match="DataParallel"):
+        layer._replicate_for_data_parallel().__setattr__("weight", layer.weight.detach() * 2)
+    with pytest.raises(InputError, match="attached already"):
+        stt.select_weights(model, score="largest", budget=5)
+    with pytest.raises(NotImplementedError):
+        layer.weight_selected(torch.ones(3))
 
 
 def test_scaler_skips_an_overflow() -> None:

@@ -182,9 +182,47 @@ def test_whole_parts(unit: str) -> None:
     budget = len(means[winner])
     found = stt.select_weights(model, score="largest", unit=unit, budget=budget)
     assert sum(sizes(found, tensors).values()) == budget
-    if unit != "block":  # smaller blocks may fit in front of it
-        assert {name: ids.tolist() for name, ids in found.items()} == \
-            {name: ids.tolist() for name, (_, ids) in parts[winner].items()}
+    assert {name: ids.tolist() for name, ids in found.items()} == \
+        {name: ids.tolist() for name, (_, ids) in parts[winner].items()}
+
+
+@pytest.mark.parametrize("unit", ["row", "head", "block", "layer"])
+def test_undefined_scores_are_an_error(unit: str) -> None:
+    model, _ = tiny.build("llama")
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight[0, 0] = math.nan
+    with pytest.raises(InputError, match="holds NaN"):
+        stt.select_weights(model, score="largest", unit=unit, budget=5000)
+
+
+def test_tensors_of_several_dtypes_are_compared_unrounded() -> None:
+    found = best([("a", torch.tensor([0.999, 0.9985])), ("b", torch.tensor([1.0, 0.5], dtype=torch.bfloat16))], 2)
+    assert {name: ids.tolist() for name, ids in found.items()} == {"a": [0], "b": [0]}
+    wide = best([("a", torch.tensor([1.0])), ("b", torch.tensor([1 + 1e-12], dtype=torch.float64))], 1)
+    assert {name: ids.tolist() for name, ids in wide.items()} == {"a": [], "b": [0]}
+
+
+def test_half_precision_has_scores_of_weights_at_zero() -> None:
+    model, _ = tiny.build("llama", torch.float16)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[40] = 0.0  # no token of the batch
+    assert sum(len(ids) for ids in stt.select_weights(model, [BATCH], score="d3", budget=100).values()) == 100
+
+
+def test_frozen_and_empty_tensors_are_never_chosen() -> None:
+    model, _ = tiny.build("llama")
+    model.model.embed_tokens.weight.requires_grad_(False)
+    model.empty = nn.Parameter(torch.empty(0, 3))
+    for options in ({}, {"unit": "row"}, {"scope": "per_row"}):
+        found = stt.select_weights(model, score="largest", budget=500, **options)
+        assert not {"model.embed_tokens.weight", "empty"} & found.keys()
+
+
+@pytest.mark.parametrize("scope", ["per_tensor", "per_row"])
+def test_tensors_that_cannot_be_scored_get_no_share(scope: str) -> None:
+    model, _ = tiny.build("bert")
+    assert sum(map(len, stt.select_weights(model, score="bias", scope=scope, budget=50).values())) == 50
+    assert sum(map(len, stt.select_weights(model, [BATCH], score="wanda", scope=scope, budget=500).values())) == 500
 
 
 def test_always_and_exclude() -> None:
@@ -250,12 +288,13 @@ def test_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("amount", "count"), [(5, 5), ("5", 5), ("0.5%", 5), (0.005, 5), ("0.005", 5), (1000, 1000),
-                                               ("100%", 1000), (1e-9, 1)])
+                                               ("100%", 1000), (1e-9, 1), ("5e-3", 5), (1.0, 1000), ("1.0", 1000)])
 def test_amounts(amount: float | str, count: int) -> None:
     assert weights_in(amount, 1000) == count
 
 
-@pytest.mark.parametrize("amount", [0, -3, "0%", "101%", 1.5, "many", "x%", 1001, float("nan"), True, None, "1.2.3"])
+@pytest.mark.parametrize("amount", [0, -3, "0%", "101%", 1.5, "many", "x%", 1001, float("nan"), True, None,
+                                    "1.2.3", 2.0, "2.0", "-1", "1e3"])
 def test_wrong_amounts(amount: object) -> None:
     with pytest.raises(InputError, match="budget must be"):
         weights_in(amount, 1000)

@@ -385,3 +385,15 @@ def test_wrong_methods_and_groups_are_told() -> None:
     assert get_selective_optimizer(AdamW, "pafi")(whole, budget=511).get_budget_used() == 511
     with pytest.raises(InputError, match="unknown direction"):
         get_selective_optimizer(AdamW, "pafi")(model.parameters(), budget=5, direction="up")
+
+
+def test_gradients_that_a_scaler_would_have_to_unscale_are_refused() -> None:
+    weight = nn.Parameter(torch.ones(4, 4))
+    head = nn.Parameter(torch.ones(3))
+    optimizer = get_selective_optimizer(torch.optim.SGD, "pafi")(
+        [{"params": [weight]}, {"params": [head], "choose_all": True}], lr=0.1, budget=5, gather="backward")
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(weight.sum() + head.sum()).backward()
+    with pytest.raises(InputError, match="GradScaler"):
+        scaler.step(optimizer)
+    assert torch.equal(weight, torch.ones(4, 4))

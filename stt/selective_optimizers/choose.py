@@ -25,9 +25,14 @@ def top_entries(score: Tensor, k: int) -> Tensor:
     if 0 < 4 * k * BLOCK < len(score):
         may_be = _promising(score, k)
         return may_be[_top(score[may_be], k)]
+    check_numbers(score)
+    return _top(score, k)
+
+
+def check_numbers(score: Tensor) -> None:
+    """Raises InputError for a NaN."""
     if score.isnan().any():
         raise InputError(NAN)
-    return _top(score, k)
 
 
 def _promising(score: Tensor, k: int) -> Tensor:
@@ -77,6 +82,7 @@ def best(scores: Iterable[tuple[str, Tensor]], k: int) -> dict[str, Tensor]:
     names: list[str] = []
     values = origin = position = torch.empty(0)
     for name, score in scores:
+        score = score.to(torch.promote_types(score.dtype, values.dtype))  # what is compared must not be rounded
         found = _above(score, values.min(), k) if 0 < k == len(values) else top_entries(score, k)
         if len(found):
             values = torch.cat([values.to(score.dtype), score[found].cpu()])

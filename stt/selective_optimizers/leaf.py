@@ -44,8 +44,8 @@ class Leaf(nn.Module):
         self.values = nn.Parameter(read(tensor.detach(), axis, ids).to(wide))
         LEAVES[next(NUMBERS)] = self
 
-    def forward(self, tensor: Tensor) -> Tensor:
-        """The frozen tensor, with the gradient routed here."""
+    def route(self, tensor: Tensor) -> Tensor:
+        """The frozen tensor, with the gradient routed here. A leaf is no layer: calling it is an error."""
         return Route.apply(tensor, self.values, self.axis, self.ids)
 
     @property
@@ -77,40 +77,44 @@ def attach(model: nn.Module, selection: Selection) -> nn.Module:
     `selection` is one of weights (select_weights), or of neurons or heads, whose rows and columns then train while the
     others stay and are computed. Selected weights are float32 parameters (or wider) whatever the dtype of the model; a
     tensor of which everything is selected trains itself. Values go into their tensors after every step of a torch
-    optimizer; after another way of changing them call `sync(model)`. `detach` ends it. To share the model out, attach
-    first and then `fully_shard`.
+    optimizer; after another way of changing them call `sync(model)`. `detach` ends it. Attach first, and then share
+    the model out (`fully_shard`), compile it or put adapters on it.
 
-    Raises InputError, before anything changes, if the model is attached already or the selection is of another one.
+    Raises InputError, before anything changes, if the model is attached or shared out already, the selection is of
+    another one, or a module cannot do it: a container that runs through its children, an embedding that rescales its
+    weight (max_norm) or has sparse gradients.
 
     >>> stt.attach(model, stt.select_weights(model, score="smallest", budget=320_000))
     >>> optimizer = torch.optim.AdamW(stt.selected_parameters(model))
     """
-    if hasattr(model, ATTACHED):
+    if any(isinstance(module, Leaf) or ATTACHED in module.__dict__ for module in model.modules()):
         raise InputError("weights of this model are attached already: stt.detach(model) first")
     selection = selection if is_of_weights(selection) else in_place(model, selection)
     tensors = named_tensors(model)
     check_fits(selection, tensors)
     if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
         raise InputError("the model is shared out over processes already: stt.attach first, then fully_shard")
+    _check_owners(model, {id(tensors[name]) for name in selection})
     start = {name: read(tensors[name].detach(), axis_of(selection, name), ids).cpu().clone()
              for name, ids in selection.items()}
     before = frozenset(name for name, tensor in tensors.items() if tensor.requires_grad)
     model.requires_grad_(False)
     for name, ids in selection.items():
         tensor, axis = tensors[name], axis_of(selection, name)
-        if is_whole(tensor, axis, ids):
-            tensor.data = tensor.data.to(torch.promote_types(tensor.dtype, torch.float32))
+        if is_whole(tensor, axis, ids) and tensor.dtype == torch.promote_types(tensor.dtype, torch.float32):
             tensor.requires_grad_(True)
         else:
             _add_leaf(model, tensor, axis, ids)
     setattr(model, ATTACHED, Attached(selection, start, before))
+    model._ddp_params_and_buffers_to_ignore = [name for name, _ in model.named_buffers()  # they never change
+                                               if name.endswith(f"{LEAF}.ids")]
     return model
 
 
 def detach(model: nn.Module) -> Selection:
     """The plain model again, with the trained values in their places; the selection. Raises InputError if no weights
     are attached."""
-    attached = _attached(model)
+    model, attached = _attached(model)
     sync(model)
     for module in list(model.modules()):
         if "_selected_from" in module.__dict__:
@@ -123,6 +127,7 @@ def detach(model: nn.Module) -> Selection:
     for name, tensor in model.named_parameters():
         tensor.requires_grad_(name in attached.trained_before)
     delattr(model, ATTACHED)
+    del model._ddp_params_and_buffers_to_ignore
     return attached.selection
 
 
@@ -135,13 +140,14 @@ def sync(model: nn.Module) -> None:
 
 def selected_parameters(model: nn.Module) -> list[nn.Parameter]:
     """What an optimizer trains. Raises InputError if no weights are attached."""
-    _attached(model)
+    _attached(model)  # raises
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def trained_values(model: nn.Module) -> dict[str, Tensor]:
     """The selected values as they are now, by tensor, shaped as weights.read returns them."""
-    selection = _attached(model).selection
+    model, attached = _attached(model)
+    selection = attached.selection
     leaves = {id(module.tensor): module.values for module in model.modules() if isinstance(module, Leaf)}
     tensors = named_tensors(model)
     return {name: whole(leaves.get(id(tensors[name]), tensors[name]).detach()) for name in selection}
@@ -150,14 +156,37 @@ def trained_values(model: nn.Module) -> dict[str, Tensor]:
 def patch_of(model: nn.Module, new: Collection[str] = ()) -> Patch:
     """What training changed so far, to keep and to put on the base model; `new` names tensors that the base has no
     values of (a head drawn at random). Raises InputError if no weights are attached."""
-    attached = _attached(model)
+    model, attached = _attached(model)
     return Patch.from_values(model, attached.selection, attached.start, trained_values(model), new)
 
 
-def _attached(model: nn.Module) -> Attached:
-    if not hasattr(model, ATTACHED):
+def _attached(model: nn.Module) -> tuple[nn.Module, Attached]:
+    """The attached model, inside of whatever was put around it, and what `attach` did. Raises InputError if there is
+    none, or if something has frozen or renamed what trains since."""
+    inner = next((module for module in model.modules() if ATTACHED in module.__dict__), None)
+    if inner is None:
         raise InputError("no weights of this model are attached: stt.attach(model, selection) first")
-    return getattr(model, ATTACHED)
+    leaves = [module for module in inner.modules() if isinstance(module, Leaf)]
+    attached = getattr(inner, ATTACHED)
+    if not all(leaf.values.requires_grad for leaf in leaves) or attached.selection.keys() - named_tensors(inner).keys():
+        raise InputError("the attached weights were frozen or renamed since, as adapters of another library do: put "
+                         "the adapters on first, and then stt.attach(model, selection)")
+    return inner, attached
+
+
+def _check_owners(model: nn.Module, selected: set[int]) -> None:
+    """Raises InputError, naming it, for a module in which a part of a tensor cannot train."""
+    for name, module in model.named_modules():
+        if not any(id(parameter) in selected for parameter in module._parameters.values()):
+            continue
+        reason = ""
+        if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+            reason = "runs through its children, among which a leaf would be"
+        elif isinstance(module, nn.Embedding | nn.EmbeddingBag) and (module.max_norm is not None or module.sparse):
+            reason = "rescales its weight (max_norm), or has sparse gradients"
+        if reason:
+            raise InputError(f"{name or type(model).__name__} ({type(module).__name__}) {reason}: exclude its weights "
+                             "from the selection")
 
 
 def _add_leaf(model: nn.Module, tensor: nn.Parameter, axis: int | None, ids: Tensor) -> None:
@@ -185,7 +214,7 @@ def _read_through(module: nn.Module, attribute: str, leaf: Leaf) -> None:
 def _reading(plain: type[nn.Module], attributes: tuple[str, ...], has_rows: bool) -> type[nn.Module]:
     """A subclass that reads these tensors through their leaves; a linear layer with selected rows or columns multiplies
     only those in its backward pass."""
-    body: dict[str, object] = {attribute: property(_through(attribute)) for attribute in attributes}
+    body: dict[str, object] = {attribute: property(_through(attribute), _refuse) for attribute in attributes}
     if has_rows:
         body["forward"] = _linear
     return type(plain.__name__, (plain,), body | {"__module__": plain.__module__})
@@ -194,8 +223,13 @@ def _reading(plain: type[nn.Module], attributes: tuple[str, ...], has_rows: bool
 def _through(attribute: str) -> Callable[[nn.Module], Tensor]:
     def tensor(self: nn.Module) -> Tensor:
         frozen = self._parameters[attribute]
-        return self._leaves[attribute][0](frozen) if torch.is_grad_enabled() else frozen
+        return self._leaves[attribute][0].route(frozen) if torch.is_grad_enabled() else frozen
     return tensor
+
+
+def _refuse(self: nn.Module, value: object) -> None:
+    raise InputError("a tensor with selected weights cannot be replaced, as nn.DataParallel does: start with torchrun, "
+                     "or stt.detach(model) first")
 
 
 def _linear(self: nn.Linear | Conv1D, x: Tensor) -> Tensor:

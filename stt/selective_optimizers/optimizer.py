@@ -75,12 +75,16 @@ class SelectiveOptimizer(Optimizer):
         self._digests = {name: digest(tensor) for name, tensor in self._candidates.items()} if verify else {}
         self._catcher = Catcher(self._candidates, accumulation_steps if schedule.grows else 1, self._keep) \
             if gather == "backward" else None
+        self._step_supports_amp_scaling = gather == "backward"  # so that a GradScaler makes itself known
 
     # ------------------------------------------------------------ a step
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Choose what the schedule adds by the gradients there are, and train what is chosen; the closure's loss."""
+        if hasattr(self, "found_inf"):  # GradScaler says it to optimizers that unscale by themselves
+            raise InputError("gather=\"backward\" takes gradients before a GradScaler can unscale them: take "
+                             "gather=\"step\"")
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -1,7 +1,7 @@
 """What the training recipes do in the modes that train a model's weights where they are."""
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,10 +12,10 @@ from stt.arguments import RunArgs
 from stt.selection import Selection
 from stt.selective_optimizers.amount import weights_in
 from stt.selective_optimizers.in_place import in_place
-from stt.selective_optimizers.leaf import attach, detach, patch_of
+from stt.selective_optimizers.leaf import attach, detach
 from stt.selective_optimizers.patch import Patch
 from stt.selective_optimizers.select import select_weights
-from stt.selective_optimizers.weights import is_of_weights, named_tensors, sizes, with_whole
+from stt.selective_optimizers.weights import axis_of, is_of_weights, named_tensors, read, sizes, with_whole
 from stt.surgery import head_parameters, train_only, untie_head
 
 if TYPE_CHECKING:
@@ -61,18 +61,19 @@ class Growing:
         body, head = _split(model)
         groups = [{"params": body}, *([{"params": head, "choose_all": True}] if head else [])]
         kind = get_selective_optimizer(torch.optim.AdamW, "id3")
-        self.optimizer = kind(groups, lr=args.lr, weight_decay=args.wd, budget=self._budget(body) + _count(head),
+        self.optimizer = kind(groups, lr=args.lr, weight_decay=args.wd, budget=self._budget(model) + _count(head),
                               max_steps=steps, exp=args.d3_exp, eps=args.d3_eps,
                               bias_correction=args.bias_correction)
         return self.optimizer
 
     def counts(self, model: nn.Module) -> dict[str, int]:
         """How many parameters will be trained when the training is over, and how many of them outside the head."""
-        body, head = _split(model)
-        return {"trained": self._budget(body) + _count(head), "trained_without_head": self._budget(body)}
+        _, head = _split(model)
+        return {"trained": self._budget(model) + _count(head), "trained_without_head": self._budget(model)}
 
-    def _budget(self, body: list[nn.Parameter]) -> int:
-        return weights_in(self.args.budget, _count(body))
+    def _budget(self, model: nn.Module) -> int:
+        """Of the body; a share is one of the whole model, as for weights that are chosen at once."""
+        return weights_in(self.args.budget, _count(model.parameters()))
 
 
 def _split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -83,19 +84,23 @@ def _split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
             [tensor for name, tensor in trained.items() if name in heads])
 
 
-def _count(tensors: list[nn.Parameter]) -> int:
+def _count(tensors: Iterable[nn.Parameter]) -> int:
     return sum(tensor.numel() for tensor in tensors)
 
 
 def finished(model: nn.Module, growing: Growing | None, new: Collection[str] = ()) -> Patch:
-    """What was trained in place, and the plain model again. `new` are tensors that the base model has no values of."""
+    """What was trained in place, and the plain model again. `new` are tensors that the base model has no values of;
+    they are in the patch whether they trained or not."""
     if growing is None:
-        patch = patch_of(model, new)
-        detach(model)
-        return patch
-    patch = growing.optimizer.patch(model, new)
-    growing.tensors = described(patch.selection, model)
-    return patch
+        start = model.stt_attached.start
+        selection = detach(model)
+    else:
+        start, selection = growing.optimizer.start_values(model), growing.optimizer.selection(model)
+        growing.tensors = described(selection, model)
+    tensors = named_tensors(model)
+    selection = with_whole(selection, tensors, [name for name in new if name not in selection])
+    trained = {name: read(tensors[name].detach(), axis_of(selection, name), ids) for name, ids in selection.items()}
+    return Patch.from_values(model, selection, {**trained, **start}, trained, new)
 
 
 def described(selection: Selection, model: nn.Module) -> list[dict[str, object]]:

@@ -12,6 +12,11 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from stt.selective_optimizers.weights import read
 
 
+def rows_of(x: Tensor) -> Tensor:
+    """(..., D) -> (N, D)"""
+    return x.reshape(-1, x.shape[-1])
+
+
 class Route(torch.autograd.Function):
     """The frozen tensor itself; its gradient, which lives for this one operation, is read at the selected places."""
 
@@ -43,9 +48,9 @@ class LinearOfOutputs(torch.autograd.Function):
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, ids = ctx.saved_tensors
         of_x = gradient @ weight if ctx.needs_input_grad[0] else None
-        of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
-        kept = gradient.flatten(0, -2).index_select(1, ids)  # (N, K)
-        return of_x, None, of_bias, (kept.T @ x.flatten(0, -2)).to(ctx.dtype), None  # (K, D)
+        of_bias = rows_of(gradient).sum(0) if ctx.needs_input_grad[2] else None
+        kept = rows_of(gradient).index_select(1, ids)  # (N, K)
+        return of_x, None, of_bias, (kept.T @ rows_of(x)).to(ctx.dtype), None  # (K, D)
 
 
 class LinearOfInputs(torch.autograd.Function):
@@ -54,7 +59,7 @@ class LinearOfInputs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor,
                 ids: Tensor) -> Tensor:
-        ctx.save_for_backward(x.flatten(0, -2).index_select(1, ids), weight)  # (N, K)
+        ctx.save_for_backward(rows_of(x).index_select(1, ids), weight)  # (N, K)
         ctx.dtype = values.dtype
         return torch.nn.functional.linear(x, weight, bias)
 
@@ -63,5 +68,5 @@ class LinearOfInputs(torch.autograd.Function):
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         kept, weight = ctx.saved_tensors
         of_x = gradient @ weight if ctx.needs_input_grad[0] else None
-        of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
-        return of_x, None, of_bias, (gradient.flatten(0, -2).T @ kept).to(ctx.dtype), None  # (F, K)
+        of_bias = rows_of(gradient).sum(0) if ctx.needs_input_grad[2] else None
+        return of_x, None, of_bias, (rows_of(gradient).T @ kept).to(ctx.dtype), None  # (F, K)

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from stt.errors import InputError, unknown_name
 from stt.selection import Selection
 from stt.selective_optimizers import scores, units
 from stt.selective_optimizers.amount import Amount, apportioned, weights_in
-from stt.selective_optimizers.choose import best, top_entries
+from stt.selective_optimizers.choose import best, check_numbers, top_entries
+from stt.selective_optimizers.leaf import Leaf
 from stt.selective_optimizers.scores.base import Seen, WeightScore
 from stt.selective_optimizers.seeing import see
 from stt.selective_optimizers.weights import all_of, named_tensors, selection_of
@@ -38,7 +39,8 @@ def select_weights(model: nn.Module, data: Iterable[Batch] = (), tokenizer: PreT
     `always` (names or patterns such as "classifier.*") are chosen whole and charged to the budget first; those in
     `exclude` never are.
 
-    Ties go to the earlier tensor, then to the lower position. A tied tensor counts once. Raises InputError for an
+    Ties go to the earlier tensor, then to the lower position. A tied tensor counts once, a frozen one is never chosen.
+    Raises InputError for an
     unknown name, a pattern that matches nothing, a budget that is no number of weights, is larger than what can be
     chosen or is used up by `always`, and for data that the score cannot be made from.
 
@@ -46,7 +48,9 @@ def select_weights(model: nn.Module, data: Iterable[Batch] = (), tokenizer: PreT
     """
     _check(unit, scope)
     method = scores.make(score, **({"seed": seed} if score == "random" else {}) | options)
-    tensors = {name: tensor for name, tensor in named_tensors(model).items() if tensor.is_floating_point()}
+    check_plain(model)
+    tensors = {name: tensor for name, tensor in named_tensors(model).items()
+               if tensor.is_floating_point() and tensor.requires_grad and tensor.numel()}
     whole = matching(tensors, always, "always")
     left_out = {*matching(tensors, exclude, "exclude"), *whole}
     candidates = {name: tensor for name, tensor in tensors.items() if name not in left_out}
@@ -54,11 +58,14 @@ def select_weights(model: nn.Module, data: Iterable[Batch] = (), tokenizer: PreT
     if budget is None:
         count = charged + _all_of(method, candidates, score)
     else:
-        count = weights_in(budget, sum(tensor.numel() for tensor in tensors.values()))
+        count = weights_in(budget, sum(tensor.numel() for tensor in named_tensors(model).values()))
     rest = count - charged
     _check_rest(rest, count, whole, candidates)
     seen = see(model, candidates, method.needs, data, tokenizer)
-    scored = ((name, method.result(name, tensor.detach(), seen[name])) for name, tensor in candidates.items())
+
+    def scored() -> Scored:
+        return ((name, method.result(name, tensor.detach(), seen[name])) for name, tensor in candidates.items())
+
     chosen, along = _chosen(model, candidates, scored, rest, unit, scope) if rest else ({}, {})
     _check_found(chosen, rest, candidates, unit, score)
     for name in whole:
@@ -66,6 +73,12 @@ def select_weights(model: nn.Module, data: Iterable[Batch] = (), tokenizer: PreT
         along |= {} if axis is None else {name: axis}
     meta = {"score": score, "unit": unit, "scope": scope, "budget": count, "seed": seed, "options": options}
     return selection_of({name: chosen[name] for name in tensors if name in chosen}, along, named_tensors(model), meta)
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raises InputError for a model of which weights are attached."""
+    if any(isinstance(module, Leaf) for module in model.modules()):
+        raise InputError("weights of this model are attached already: stt.detach(model) first")
 
 
 def matching(tensors: Mapping[str, Tensor], patterns: Sequence[str], what: str) -> list[str]:
@@ -79,20 +92,21 @@ def matching(tensors: Mapping[str, Tensor], patterns: Sequence[str], what: str) 
     return [name for name in tensors if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
 
 
-def _chosen(model: nn.Module, candidates: Mapping[str, Tensor], scored: Scored, budget: int, unit: str,
+def _chosen(model: nn.Module, candidates: Mapping[str, Tensor], scored: Callable[[], Scored], budget: int, unit: str,
             scope: str) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Ids by tensor, and the axes of those that are rows or columns."""
     if unit == "row":
-        return _rows(candidates, scored, budget), {name: 0 for name in candidates}
+        return _rows(candidates, scored(), budget), {name: 0 for name in candidates}
     if unit != "weight":
         parts = {"head": units.heads, "block": units.blocks, "layer": units.layers}[unit](model, candidates)
-        units.add_scores(parts, scored)
+        units.add_scores(parts, scored())
         return units.merged(units.fill(parts, budget), candidates)
     if scope == "global":
-        return best(((name, score.flatten()) for name, score in scored), budget), {}
-    shares = apportioned(budget, [tensor.numel() for tensor in candidates.values()])
+        return best(((name, score.flatten()) for name, score in scored()), budget), {}
+    sizes = [int((score > -torch.inf).sum()) for _, score in scored()]
+    shares = apportioned(min(budget, sum(sizes)), sizes)
     found = {}
-    for (name, score), share in zip(scored, shares, strict=True):
+    for (name, score), share in zip(scored(), shares, strict=True):
         found[name] = top_entries(score.flatten(), share) if scope == "per_tensor" else top_of_rows(score, share)
     return found, {}
 
@@ -100,8 +114,10 @@ def _chosen(model: nn.Module, candidates: Mapping[str, Tensor], scored: Scored, 
 def _rows(candidates: Mapping[str, Tensor], scored: Scored, budget: int) -> dict[str, Tensor]:
     """Rows of matrices (and of larger tensors: slices along the first axis) that fit into the budget, best first."""
     names = [name for name, tensor in candidates.items() if tensor.dim() > 1]
-    means = {name: score.flatten(1).mean(1, dtype=torch.float64).cpu()  # (R,)
-             for name, score in scored if name in names}
+    means = {}  # (R,)
+    for name, score in scored:
+        check_numbers(score)
+        means |= {name: score.flatten(1).mean(1, dtype=torch.float64).cpu()} if name in names else {}
     if not means:
         raise InputError("nothing to choose rows of: every tensor is excluded, or has one dimension")
     sizes = torch.cat([torch.full((len(mean),), candidates[name][0].numel()) for name, mean in means.items()])
@@ -129,8 +145,9 @@ def top_of_rows(score: Tensor, budget: int) -> Tensor:
     """Flat positions of the best of every row, the budget shared out evenly, to the first rows one more where it does
     not divide. A tensor of one dimension is one row."""
     rows = score.flatten(1) if score.dim() > 1 else score.reshape(1, -1)  # (R, P / R)
-    top_entries(rows.flatten(), 0)  # raises for a NaN
-    counts = torch.tensor(apportioned(budget, [rows.shape[1]] * len(rows)), device=rows.device)
+    check_numbers(rows)
+    sizes = (rows > -torch.inf).sum(1).tolist()
+    counts = torch.tensor(apportioned(budget, sizes), device=rows.device)
     sorted_rows = rows.sort(dim=1, descending=True, stable=True)
     is_taken = torch.arange(rows.shape[1], device=rows.device) < counts.unsqueeze(1)
     is_taken &= sorted_rows.values > -torch.inf

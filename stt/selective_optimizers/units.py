@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from stt.errors import InputError
 from stt.heads import find_heads
 from stt.narrow import parts_of
+from stt.selective_optimizers.choose import check_numbers
 from stt.selective_optimizers.in_place import places
 from stt.selective_optimizers.weights import all_of, read
 
@@ -87,6 +88,7 @@ def add_scores(units: Iterable[Unit], scores: Iterable[tuple[str, Tensor]]) -> N
         for name in unit.parts:
             by_tensor[name].append(unit)
     for name, score in scores:
+        check_numbers(score)
         for unit in by_tensor[name]:
             unit.total += float(read(score, *unit.parts[name]).sum(dtype=torch.float64))
 

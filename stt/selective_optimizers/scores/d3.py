@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from stt.selective_optimizers.scores.base import Seen, WeightScore
@@ -24,11 +25,12 @@ class D3(WeightScore):
 
 
 def d3(tensor: Tensor, gradient: Tensor, exp: float, eps: float) -> Tensor:
-    """|g| / (|w| + eps)^exp of every weight."""
+    """|g| / (|w| + eps)^exp of every weight, in float32 or wider: half precision has no 1e-8."""
     if exp == 0:
         return gradient.abs()
-    divisor = tensor.abs().add_(eps)
-    return gradient.abs().div_(divisor if exp == 1 else divisor.pow_(exp))
+    wide = torch.promote_types(torch.promote_types(tensor.dtype, gradient.dtype), torch.float32)
+    divisor = tensor.to(wide).abs().add_(eps)
+    return gradient.to(wide).abs().div_(divisor if exp == 1 else divisor.pow_(exp))
 
 
 make = D3
