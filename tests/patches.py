@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stt.selection import Selection
+from stt.selective_optimizers.patch import Patch
 from stt.selective_optimizers.weights import named_tensors, selection_of
 
 FORMS = ("flat", "rows", "columns", "whole")
@@ -87,3 +88,15 @@ def state_bits(model: nn.Module) -> dict[str, bytes]:
     """Every tensor of the state dict, byte for byte."""
     return {name: value.contiguous().flatten().view(torch.uint8).numpy().tobytes()
             for name, value in model.state_dict().items()}
+
+
+def made(dtype: torch.dtype = torch.float32, seed: int = 0,
+         form: str | None = None) -> tuple[nn.Module, nn.Module, Patch]:
+    """A base model, a tuned one, and the patch between them."""
+    base = mixed(dtype)
+    tuned = moved(base, drawn(base, seed, form), seed)
+    return base, tuned, Patch.between(base, tuned, drawn(base, seed, form))
+
+
+def dense(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()}
