@@ -355,7 +355,7 @@ def _packaged(name: str) -> str:
     return str(Path(found.submodule_search_locations[0]) / folder)
 
 
-def _short(model: str) -> str:
+def short_name(model: str) -> str:
     """The name of a resolved model in a folder's name."""
     modules = {module: name for name, (_, module, _) in PACKAGED_MODELS.items()}
     return modules.get(Path(model).parent.name, Path(model).name)
@@ -364,7 +364,7 @@ def _short(model: str) -> str:
 def run_name(args: RunArgs, *more: str) -> str:
     """The folder of a run: what tells it from others; `more` are parts of the recipe's own."""
     ratio = f"keep{args.keep_ratio:g}" if args.keep_ratio is not None else f"top{args.topk_ratio:g}"
-    parts = [_short(args.model), args.task or Path(args.train_file).stem, args.mode]
+    parts = [short_name(args.model), args.task or Path(args.train_file).stem, args.mode]
     parts += [] if args.mode in KEEPS_EVERYTHING else [ratio]
     parts += [] if args.budget is None else [args.budget.replace("%", "pct")]
     parts += [] if args.units == "neurons" else [args.units]

@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from stt.arguments import short_name
+
 Words = Callable[[float | None], str]
 
 Z = 1.959964  # 97.5 % point of the normal distribution
@@ -107,8 +109,8 @@ def spread(values: Sequence[float], scale: float = 1, unit: str = "") -> str:
 
 
 def model_name(model: str) -> str:
-    """A hub id as it is, a local folder by its last part."""
-    return Path(model).name if Path(model).is_absolute() else model
+    """A hub id as it is, a local folder by its last part, a packaged model by its alias."""
+    return short_name(model) if Path(model).is_absolute() else model
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Annotated, TypeVar
 
 from tyro.conf import arg
 
-from stt.arguments import check_ranges
+from stt.arguments import check_ranges, short_name
 from stt.errors import InputError
 
 TRIAL_SEED = 1_000_000  # of the runs that choose a step size: none of the seeds that are compared
@@ -125,4 +125,4 @@ def run_name(args: AblationFlags) -> str:
     """The folder of an ablation."""
     modes = args.mode.replace(",", "+").replace(":", ".")
     task = args.task or Path(args.train_file).stem
-    return args.run_name or f"{Path(args.model).name}-{task}-ablation-{modes}-seed{args.seed}"
+    return args.run_name or f"{short_name(args.model)}-{task}-ablation-{modes}-seed{args.seed}"
