@@ -20,7 +20,7 @@ FEW = ("bert", "gpt2", "mixtral", "t5")
 RELOADED = (*FEW, "albert", "bart", "bloom", "convnext", "dbrx", "deepseek_v3", "gemma3", "gpt_oss", "jetmoe", "levit",
             "mobilenet_v2", "modernbert", "moshi", "nllb-moe", "phi3", "qwen2_audio", "segformer",
             "switch_transformers", "vit", "wav2vec2", "zamba2")  # every kind of block and of tying
-ONE_WAY = {"dbrx", "jetmoe", "llama4", "llama4_text", "longcat_flash", "nemo_speechlm"}  # refuse grouped_mm, ignore the rest
+ONE_WAY = {"dbrx", "jetmoe", "llama4", "llama4_text", "longcat_flash", "nemo_speechlm"}  # refuse or ignore the others
 MIXTURES = re.findall(r"^\| (\S+) \| \w+ \| \d+ \| [^|]*experts", TABLE.read_text(encoding="utf-8"), re.MULTILINE)
 some_by_default = pytest.mark.parametrize("model_type", [
     name if name in FEW else pytest.param(name, marks=pytest.mark.matrix) for name in RELOADED])
