@@ -255,13 +255,16 @@ def written(base: nn.Module, args: argparse.Namespace, times: tuple[dict[str, li
                   [[name, 1e3 * statistics.median(steps[name]), 1e3 * statistics.median(passes[name]),
                     bytes_of[name][0] / MB, bytes_of[name][1] / MB, peaks[name] / MB] for name in steps],
                   [f"Medians of {len(next(iter(steps.values())))} rounds, {args.clock} clock, load "
-                   f"{machine.load()[0]}."])
+                   f"{machine.load()[0]}. ID3 is at the beginning of its {STEPS} steps and has chosen a small part of "
+                   "the budget, in both packages."])
     ratios = Table("Ratios", ["", "measured", "at most"], compared(steps, passes, peaks))
     static = statistics.median(steps["stt leaf, PaFI"]) * 1e3
     ratios.rows.append(["a static step, ms", static, MOST_MS])
     ratios.rows.append(["its optimizer state, MB", bytes_of["stt leaf, PaFI"][0] / MB, MOST_STATE])
     where = [f"- {name}: {value}" for name, value in {**machine.described(device), **machine.software()}.items()]
-    return "\n".join(["# Training chosen weights", "", "```bash", "python benchmarks/weights.py", "```", "", *where, "",
+    command = (f"python benchmarks/weights.py --size {args.size} --budget {args.budget} --seconds {args.seconds:g} "
+               f"--clock {args.clock}")
+    return "\n".join(["# Training chosen weights", "", "```bash", command, "```", "", *where, "",
                       table.markdown(), ratios.markdown()])
 
 
