@@ -72,5 +72,5 @@ def test_the_table_by_hand(tmp_path):
     assert cells[4] == ["wanda", "none", "50.0 ± 14.1", f"+35.00 [{35 - half:+.2f}, {35 + half:+.2f}]", "5 → 100"]
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- scores: x-5 -->\nold\n<!-- end of scores: x-5 -->\nb\n")
-    compare.write_between_marks(page, "x-5", "\n".join(lines))
+    compare.write_between_marks(page, "scores: x-5", "\n".join(lines))
     assert page.read_text() == "\n".join(["a", "<!-- scores: x-5 -->", *lines, "<!-- end of scores: x-5 -->", "b", ""])
