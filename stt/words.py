@@ -98,12 +98,13 @@ def mean_of(values: Sequence[float], words: Words) -> str:
     return words(statistics.mean(values)) if values else "–"
 
 
-def spread(values: Sequence[float], scale: float = 1, unit: str = "") -> str:
-    """Mean ± standard deviation; the mean alone of a single value."""
+def spread(values: Sequence[float], scale: float = 1, unit: str = "", digits: int | None = None) -> str:
+    """Mean ± standard deviation; the mean alone of a single value. With `digits` after the point, by default one for
+    percentages and two for others."""
     scaled = [scale * value for value in values]
     if not scaled:
         return "–"
-    digits = 1 if scale == 100 else 2
+    digits = digits or (1 if scale == 100 else 2)
     deviation = f" ± {statistics.stdev(scaled):.{digits}f}" if len(scaled) > 1 else ""
     return f"{statistics.mean(scaled):.{digits}f}{deviation}{unit}"
 
