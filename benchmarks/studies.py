@@ -147,10 +147,18 @@ def _whole(path: Path) -> str:
 
 
 def write_between_marks(page: Path, mark: str, table: str) -> None:
-    """Put `table` between the two comments of that name, in place of what is there. Raises InputError for a page
-    without them."""
+    """Put `table` between the two comments of that name, in place of what is there. Raises InputError as `around`."""
+    before, after = around(page, mark)
+    page.write_text(f"{before}\n{table.strip()}\n{after}", encoding="utf-8")
+
+
+def around(page: Path, mark: str) -> tuple[str, str]:
+    """What stands on the page up to the first comment of that name, and from the last one on. Raises InputError for a
+    page without them."""
     first, last = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
+    if not page.is_file():
+        raise InputError(f"there is no page {page}: give a file that has the lines {first} and {last}")
     before, found, rest = page.read_text(encoding="utf-8").partition(first)
     if not found or last not in rest:
         raise InputError(f"{page} has no place for the table: put the lines {first} and {last} into it")
-    page.write_text(f"{before}{first}\n{table.strip()}\n{last}{rest.split(last)[1]}", encoding="utf-8")
+    return before + first, last + rest.split(last)[1]
