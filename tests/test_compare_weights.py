@@ -94,13 +94,33 @@ def test_arms(arm, budget, order, monkeypatch):
                    "general": pytest.approx(row["test"] + math.log(2))}
     assert row["test"] < math.log(tried.task(tried.model))
     if arm == "LoRA":
-        per_rank = sum(sum(module.weight.shape) for name, module in tried.model.named_modules()
-                       if isinstance(module, torch.nn.Linear) and name != "lm_head")
-        assert abs(row["trained"] - budget) == min(abs(per_rank * rank - budget) for rank in range(1, 9))
-        return
+        return  # see test_the_rank
     nearest = 0 if arm != "neurons by stt" else 2 * 3 * 32 // 2  # of both layers half a neuron
     assert abs(row["trained"] - budget) <= nearest
     assert 0.5 * row["trained"] < changed(ready.model, tried.model) <= row["trained"]  # few words occur in five steps
+
+
+def test_the_rank():
+    """Of LoRA: what it trains comes as near to the budget as that of any rank."""
+    tried = study()
+    per_rank = sum(sum(module.weight.shape) for name, module in tried.model.named_modules()
+                   if isinstance(module, torch.nn.Linear) and name != "lm_head")
+    for budget in (10, 1.4 * per_rank, 1.6 * per_rank, 3 * per_rank):
+        ready = weight_arms.lora(tried, copy.deepcopy(tried.model), Cell("LoRA", int(budget), 0.1, 0))
+        assert abs(ready.trained - budget) == min(abs(per_rank * rank - budget) for rank in range(1, 9))
+
+
+@pytest.mark.parametrize("arm", ["LoRA", "random", "gradient", "neurons by stt"])
+def test_the_seed_decides_where_training_starts(arm):
+    """By the adapters' first values, or by which weights are chosen."""
+    tried = study()
+
+    def start(seed):
+        model = weight_arms.ARMS[arm](tried, copy.deepcopy(tried.model), Cell(arm, 2900, 0.1, seed)).model
+        return torch.cat([parameter.detach().flatten() for parameter in model.parameters() if parameter.requires_grad])
+
+    assert torch.equal(start(0), start(0))
+    assert not torch.equal(start(0), start(1))
 
 
 def test_the_plan():
