@@ -20,11 +20,12 @@ from transformers.pytorch_utils import Conv1D
 
 from stt.errors import InputError
 from stt.selection import Selection
+from stt.selective_optimizers.deltas import read_units
 from stt.selective_optimizers.in_place import in_place
-from stt.selective_optimizers.patch import Patch
+from stt.selective_optimizers.patch import Patch, buffers_of
 from stt.selective_optimizers.route import LinearOfInputs, LinearOfOutputs, Route
 from stt.selective_optimizers.sharded import whole, write_part
-from stt.selective_optimizers.weights import axis_of, check_fits, is_of_weights, is_whole, named_tensors, read
+from stt.selective_optimizers.weights import axis_of, check_fits, is_of_weights, is_whole, named_tensors, read, write
 
 LEAF = "_selected"  # after the name of a tensor: the module that holds what of it trains
 ATTACHED = "stt_attached"  # attribute of a model
@@ -158,6 +159,38 @@ def patch_of(model: nn.Module, new: Collection[str] = ()) -> Patch:
     values of (a head drawn at random). Raises InputError if no weights are attached."""
     model, attached = _attached(model)
     return Patch.from_values(model, attached.selection, attached.start, trained_values(model), new)
+
+
+def put_patch(model: nn.Module, patch: Patch) -> None:
+    """The opposite of `patch_of`: the attached model as it was when the patch was made, whatever trained since. Tensors
+    of the patch that are not attached are written, too. Raises InputError, before anything changes, for a patch of
+    another model, of other start values, or of other weights than those that are attached."""
+    model, attached = _attached(model)
+    tensors, buffers = own_tensors(model), buffers_of(model)
+    patch.check_shapes(tensors, buffers)
+    for name, ids in attached.selection.items():
+        if axis_of(patch.selection, name) != axis_of(attached.selection, name) \
+                or not torch.equal(patch.selection.get(name, ids[:0]), ids):
+            raise InputError(f"the patch is not of the weights of {name} that are attached: attach patch.selection")
+    start = {name: attached.start[name] if name in attached.start else read_units(tensors[name], patch.selection, name)
+             for name in patch.selection}
+    patch.check_start(start)
+    leaves = {id(module.tensor): module for module in model.modules() if isinstance(module, Leaf)}
+    for name, ids in patch.selection.items():
+        leaf, values = leaves.get(id(tensors[name])), patch.values(name, start[name])
+        if leaf is not None:
+            leaf.values.data.copy_(values)
+            leaf.sync()
+        else:
+            write(tensors[name], axis_of(patch.selection, name), ids, values)
+    for name, value in patch.extras.items():
+        buffers[name].copy_(value)
+
+
+def own_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that the model has when no weights of it are attached."""
+    leaves = {id(module.values) for module in model.modules() if isinstance(module, Leaf)}
+    return {name: tensor for name, tensor in named_tensors(model).items() if id(tensor) not in leaves}
 
 
 def _attached(model: nn.Module) -> tuple[nn.Module, Attached]:
