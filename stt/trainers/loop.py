@@ -176,7 +176,7 @@ class RecordedTrainer(SelectiveTrainerMixin, Trainer):
         if self.is_fsdp_enabled or not self._in_place.is_part(self.selective):
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
-            Path(output_dir).mkdir(parents=True)
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
             self._in_place.patch(self.selective).save(Path(output_dir) / PATCH)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
