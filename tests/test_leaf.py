@@ -17,6 +17,7 @@ from stt.selection import Selection
 from stt.selective_optimizers.in_place import in_place
 from stt.selective_optimizers.leaf import LEAF, sync, trained_values
 from stt.selective_optimizers.weights import axis_of, named_tensors, read, selection_of, write
+from stt.sites import find_sites
 from stt.trace import eager_experts
 
 KINDS = ["llama", "qwen2-tied", "gpt2", "bert", "albert", "deberta-v2", "t5", "vit", "swin", "mixtral"]
@@ -318,6 +319,57 @@ def test_copies_train_apart() -> None:
     optimizer.step()
     assert all(torch.equal(tensor, start[name]) for name, tensor in plain(model).items())
     assert any(not torch.equal(tensor, start[name]) for name, tensor in plain(twin).items())
+
+
+@pytest.mark.parametrize("kind", ["qwen2-tied", "gpt2", "albert"])
+@pytest.mark.parametrize("form", ["weights", "neurons"])
+def test_a_pickle_comes_back_attached(kind: str, form: str) -> None:
+    """And trains on, as its original does, without moving it."""
+    model, batch = tiny.build(kind)
+    stt.attach(model, random_weights(model) if form == "weights" else in_place(model, neurons(model)))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    twin = torch.load(file, weights_only=False)
+    assert [type(module) for module in twin.modules()] == [type(module) for module in model.modules()]
+    start = {name: tensor.clone() for name, tensor in plain(model).items()}
+    step(twin, batch)
+    assert all(torch.equal(tensor, start[name]) for name, tensor in plain(model).items())
+    step(model, batch)
+    assert all(torch.equal(tensor, plain(twin)[name]) for name, tensor in plain(model).items())
+    assert any(not torch.equal(tensor, start[name]) for name, tensor in plain(model).items())
+    stt.detach(twin)
+    assert list(twin.state_dict()) == list(tiny.build(kind)[0].state_dict())
+
+
+def neurons(model: nn.Module) -> Selection:
+    """The first half of every site's."""
+    sites = find_sites(model)
+    return Selection({name: torch.arange(site.width // 2) for name, site in sites.items()},
+                     {"widths": {name: site.width for name, site in sites.items()}})
+
+
+def step(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+    optimizer = torch.optim.SGD(stt.selected_parameters(model), lr=0.1)
+    loss_of(model, batch).backward()
+    optimizer.step()
+    model.zero_grad()
+
+
+def test_tying_again_changes_nothing() -> None:
+    """As accelerate asks of every model that it shares out."""
+    model, batch = tiny.build("qwen2-tied")
+    own = model.tie_weights
+    stt.attach(model, random_weights(model))
+    twin = copy.deepcopy(model)
+    twin.tie_weights()
+    assert twin.lm_head._parameters["weight"] is twin.model.embed_tokens._parameters["weight"]
+    assert list(twin.state_dict()) == list(model.state_dict())
+    step(model, batch)
+    step(twin, batch)
+    assert all(torch.equal(tensor, plain(twin)[name]) for name, tensor in plain(model).items())
+    stt.detach(model)
+    assert model.tie_weights == own
 
 
 def test_a_state_dict_comes_back() -> None:

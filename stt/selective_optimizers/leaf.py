@@ -107,6 +107,8 @@ def attach(model: nn.Module, selection: Selection) -> nn.Module:
         else:
             _add_leaf(model, tensor, axis, ids)
     setattr(model, ATTACHED, Attached(selection, start, before))
+    if hasattr(model, "tie_weights"):
+        model.tie_weights = functools.partial(_tie_weights, model)
     model._ddp_params_and_buffers_to_ignore = [name for name, _ in model.named_buffers()  # they never change
                                                if name.endswith(f"{LEAF}.ids")]
     return model
@@ -128,6 +130,7 @@ def detach(model: nn.Module) -> Selection:
     for name, tensor in model.named_parameters():
         tensor.requires_grad_(name in attached.trained_before)
     delattr(model, ATTACHED)
+    model.__dict__.pop("tie_weights", None)
     del model._ddp_params_and_buffers_to_ignore
     return attached.selection
 
@@ -248,9 +251,27 @@ def _reading(plain: type[nn.Module], attributes: tuple[str, ...], has_rows: bool
     """A subclass that reads these tensors through their leaves; a linear layer with selected rows or columns multiplies
     only those in its backward pass."""
     body: dict[str, object] = {attribute: property(_through(attribute), _refuse) for attribute in attributes}
+    body |= {"__reduce_ex__": _reduced, "_made_of": (plain, attributes, has_rows)}
     if has_rows:
         body["forward"] = _linear
     return type(plain.__name__, (plain,), body | {"__module__": plain.__module__})
+
+
+def _reduced(self: nn.Module, protocol: int) -> tuple[object, ...]:
+    """For a copy or a pickle: the class is made, and is not found under the name it bears."""
+    return _blank, self._made_of, *nn.Module.__reduce_ex__(self, protocol)[2:]
+
+
+def _blank(plain: type[nn.Module], attributes: tuple[str, ...], has_rows: bool) -> nn.Module:
+    kind = _reading(plain, attributes, has_rows)
+    return kind.__new__(kind)
+
+
+def _tie_weights(model: nn.Module, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
+    """transformers' own, which accelerate calls before it shares a model out, and which needs parameters: that is what
+    is read where nothing is routed."""
+    with torch.no_grad():
+        type(model).tie_weights(model, missing_keys, recompute_mapping)
 
 
 def _through(attribute: str) -> Callable[[nn.Module], Tensor]:

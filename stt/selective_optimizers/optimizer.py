@@ -193,7 +193,8 @@ class SelectiveOptimizer(Optimizer):
         Raises InputError for blocks that trained in turn: what they started from is not kept."""
         ours = self._ours(named_tensors(model))
         if self.schedule.visited(self._candidates):
-            raise InputError("where the blocks of this optimizer started is not kept: compare the model with its base")
+            raise InputError("what the blocks of this optimizer started from is not kept, as it would be a second copy "
+                             "of the model: take Patch.between(base, model, optimizer.selection(model))")
         start = self._start_of_whole | {name: value.cpu() for pool in self._pools
                                         for name, value in pool.by_tensor(pool.start).items() if len(value)}
         return {model_name: start[name] for model_name, name in ours.items() if name in start}
