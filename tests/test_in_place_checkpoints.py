@@ -18,8 +18,10 @@ from stt import modes
 from stt.errors import InputError
 from stt.llm_arguments import LLMArgs, resolved
 from stt.selective_optimizers import recipe
+from stt.selective_optimizers.optimizer import SelectiveOptimizer
 from stt.selective_optimizers.patch import Patch
 from stt.selective_optimizers.progress import PATCH
+from stt.selective_optimizers.schedules import Rotate
 from stt.surgery import head_parameters
 from stt.trainers import checkpoints, loop
 from util import ranks
@@ -94,6 +96,19 @@ def test_a_checkpoint_is_a_patch_of_the_base(mode: str, tmp_path: Path, monkeypa
     Patch.load(checkpoints.path_of(tmp_path, 3) / PATCH).apply(fresh)
     held = model.state_dict()
     assert_equal(fresh.state_dict(), {name: held[name] for name in fresh.state_dict()})
+
+
+def test_blocks_in_turn_keep_the_whole_model(tmp_path: Path) -> None:
+    """What they started from is nowhere."""
+    def of_blocks(model: nn.Module, steps: int) -> SelectiveOptimizer:
+        blocks = [list(layer.parameters()) for layer in model.model.layers]
+        schedule = Rotate(blocks, 3, "ascending")
+        return SelectiveOptimizer(model.named_parameters(), torch.optim.AdamW, schedule, budget="90%", lr=1e-2)
+
+    expected = run(tmp_path, model=base(), make_optimizer=of_blocks, save_steps=1, save_total_limit=None)
+    cut_off(tmp_path, 4)
+    assert {"model.safetensors"} == {path.name for path in checkpoints.path_of(tmp_path, 4).glob("*.safetensors")}
+    assert_equal(run(tmp_path, model=base(), make_optimizer=of_blocks, resume=True), expected)
 
 
 class Drawn:

@@ -10,6 +10,7 @@ from stt.selective_optimizers.deltas import read_units
 from stt.selective_optimizers.leaf import ATTACHED, own_tensors, put_patch, trained_values
 from stt.selective_optimizers.optimizer import SelectiveOptimizer
 from stt.selective_optimizers.patch import Patch, buffers_of, differing
+from stt.selective_optimizers.schedules import Rotate
 from stt.selective_optimizers.weights import axis_of, named_tensors, with_whole, write
 
 PATCH = "patch.safetensors"  # in a run folder and in a checkpoint: what was trained, and by how much
@@ -28,13 +29,16 @@ class Progress:
         self._buffers = {name: value.to("cpu", copy=True) for name, value in buffers_of(model).items()}
 
     def is_part(self, optimizer: SelectiveOptimizer | None) -> bool:
-        """Whether a known part of the model trains: not if all of it does, nor before an optimizer has chosen any."""
-        return ATTACHED in self.model.__dict__ or optimizer is not None and optimizer.get_budget_used() > 0
+        """Whether a known part of the model trains: not if all of it does, be it block after block, nor before an
+        optimizer has chosen any."""
+        if ATTACHED in self.model.__dict__:
+            return True
+        return optimizer is not None and optimizer.get_budget_used() > 0 and not isinstance(optimizer.schedule, Rotate)
 
     def patch(self, optimizer: SelectiveOptimizer | None) -> Patch:
-        """What has changed."""
+        """What has changed, where `is_part`."""
         extras = differing(self._buffers, buffers_of(self.model))
-        if optimizer is None:
+        if ATTACHED in self.model.__dict__:
             attached, trained = getattr(self.model, ATTACHED), trained_values(self.model)
             return changed(self.model, attached.selection, attached.start, self.new, extras, trained)
         selection, start = optimizer.selection(self.model), optimizer.start_values(self.model)
