@@ -1,4 +1,4 @@
-"""Chosen weights on a GPU: as on the CPU in float64, and a loss scaler's overflows, bfloat16 masters, a compiled step."""
+"""Chosen weights on a GPU: as on the CPU in float64; overflows of a loss scaler, bfloat16 masters, a compiled step."""
 from __future__ import annotations
 
 import copy
