@@ -15,7 +15,7 @@ import stt
 from stt.errors import InputError
 from stt.selection import Selection
 from stt.selective_optimizers.in_place import in_place
-from stt.selective_optimizers.leaf import LEAF, sync, trained_values
+from stt.selective_optimizers.leaf import LEAF, put_patch, sync, trained_values
 from stt.selective_optimizers.weights import axis_of, named_tensors, read, selection_of, write
 from stt.sites import find_sites
 from stt.trace import eager_experts
@@ -385,6 +385,32 @@ def test_a_state_dict_comes_back() -> None:
     stt.attach(twin, selection)
     twin.load_state_dict(torch.load(file, weights_only=True))
     assert all(torch.equal(a, b) for a, b in zip(tiny.outputs(model, batch), tiny.outputs(twin, batch), strict=True))
+
+
+def test_a_patch_goes_back_on_the_attached_model() -> None:
+    """Whatever trained since; not one of other weights, though they hold the same values (all biases are 0)."""
+    model, batch = tiny.build("bert")
+    for name, tensor in named_tensors(model).items():
+        if name.endswith(".bias"):
+            tensor.data.zero_()
+    twin, selection = copy.deepcopy(model), random_weights(model)
+    stt.attach(model, selection)
+    step(model, batch)
+    patch, then = stt.patch_of(model), copy.deepcopy(model.state_dict())
+    step(model, batch)
+    now = copy.deepcopy(model.state_dict())
+    assert not torch.equal(plain(model)["bert.pooler.dense.bias"], then["bert.pooler.dense.bias"])
+    other = {**selection, "bert.pooler.dense.bias": (selection["bert.pooler.dense.bias"] + 1) % 32}
+    stt.attach(twin, Selection(other, selection.meta))
+    with pytest.raises(InputError, match="not of the weights of bert.pooler.dense.bias that are attached"):
+        put_patch(twin, patch)
+    changed = copy.deepcopy(model)
+    changed.stt_attached.start["bert.embeddings.word_embeddings.weight"][0] += 1
+    with pytest.raises(InputError, match="word_embeddings.weight does not hold what it held"):
+        put_patch(changed, patch)
+    assert all(torch.equal(value, now[name]) for name, value in changed.state_dict().items())
+    put_patch(model, patch)
+    assert all(torch.equal(value, then[name]) for name, value in model.state_dict().items())
 
 
 def test_other_ways_of_changing_values_need_sync() -> None:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import pytest
 import tiny
@@ -65,7 +66,28 @@ def wrapped(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return state(model)
 
 
-@pytest.mark.parametrize("train", [attached, wrapped])
+def wrapped_and_resumed(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The model after ID3 with steps that are counted by entry, half of them by an optimizer that took over the state
+    as a checkpoint has it, on the CPU."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    saved = None
+    for _ in range(2):
+        optimizer = get_selective_optimizer(AdamW, "id3")(trained, lr=1e-2, budget=101, max_steps=STEPS - 1,
+                                                          bias_correction="entry")
+        if saved is not None:
+            saved.seek(0)
+            optimizer.load_state_dict(torch.load(saved, map_location="cpu", weights_only=True))
+        for _ in range(STEPS // 2):
+            loss_of(model, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        saved = io.BytesIO()
+        torch.save(optimizer.state_dict(), saved)
+    assert optimizer.get_budget_used() == 101
+    return state(model)
+
+
+@pytest.mark.parametrize("train", [attached, wrapped, wrapped_and_resumed])
 @pytest.mark.parametrize("kind", KINDS)
 def test_as_on_the_cpu(kind: str, train: object) -> None:
     model, batch = tiny.build(kind, torch.float64)

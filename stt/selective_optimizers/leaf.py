@@ -172,8 +172,8 @@ def put_patch(model: nn.Module, patch: Patch) -> None:
     tensors, buffers = own_tensors(model), buffers_of(model)
     patch.check_shapes(tensors, buffers)
     for name, ids in attached.selection.items():
-        if axis_of(patch.selection, name) != axis_of(attached.selection, name) \
-                or not torch.equal(patch.selection.get(name, ids[:0]), ids):
+        is_other = axis_of(patch.selection, name) != axis_of(attached.selection, name)
+        if len(ids) and (is_other or not torch.equal(patch.selection.get(name, ids[:0]), ids)):
             raise InputError(f"the patch is not of the weights of {name} that are attached: attach patch.selection")
     start = {name: attached.start[name] if name in attached.start else read_units(tensors[name], patch.selection, name)
              for name in patch.selection}
