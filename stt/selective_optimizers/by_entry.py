@@ -14,7 +14,7 @@ FRESH = ("step", "exp_avg", "exp_avg_sq")  # their state before the first step, 
 @torch.no_grad()
 def step_by_entry(optimizer: Optimizer) -> None:
     """Do the step of the parameters whose state counts the steps of every number, and take their gradients away, so
-    that the optimizer's own step leaves them alone. The formulas, and on a CPU the bits, are those of torch's Adam."""
+    that the optimizer's own step leaves them alone. The formulas, and their order, are those of torch's Adam."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state.get(parameter, {})
@@ -45,5 +45,5 @@ def _step(parameter: nn.Parameter, state: dict[str, Tensor], group: dict[str, ob
 
 def _of_steps(beta: float, steps: Tensor) -> Tensor:
     """(n,) 1 - beta^steps in float64, by a table: there are fewer counts than numbers."""
-    table = torch.tensor([1 - beta ** count for count in range(int(steps.max()) + 1)], dtype=torch.float64)
+    table = 1 - beta ** torch.arange(int(steps.max()) + 1, dtype=torch.float64)
     return table.to(steps.device)[steps.long()]

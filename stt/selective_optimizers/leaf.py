@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from stt.errors import InputError
@@ -107,7 +108,7 @@ def attach(model: nn.Module, selection: Selection) -> nn.Module:
         else:
             _add_leaf(model, tensor, axis, ids)
     setattr(model, ATTACHED, Attached(selection, start, before))
-    if hasattr(model, "tie_weights"):
+    if isinstance(model, PreTrainedModel):
         model.tie_weights = functools.partial(_tie_weights, model)
     model._ddp_params_and_buffers_to_ignore = [name for name, _ in model.named_buffers()  # they never change
                                                if name.endswith(f"{LEAF}.ids")]
