@@ -94,21 +94,29 @@ def attach(model: nn.Module, selection: Selection) -> nn.Module:
     check_fits(selection, tensors)
     if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
         raise InputError("the model is shared out over processes already: stt.attach first, then fully_shard")
-    _check_owners(model, {id(tensors[name]) for name in selection})
     start = {name: read(tensors[name].detach(), axis_of(selection, name), ids).cpu().clone()
              for name, ids in selection.items()}
     before = frozenset(name for name, tensor in tensors.items() if tensor.requires_grad)
-    model.requires_grad_(False)
-    for name, ids in selection.items():
-        tensor, axis = tensors[name], axis_of(selection, name)
-        if is_whole(tensor, axis, ids) and tensor.dtype == torch.promote_types(tensor.dtype, torch.float32):
-            tensor.requires_grad_(True)
-        else:
-            _add_leaf(model, tensor, axis, ids)
+    place(model, {name: (axis_of(selection, name), ids) for name, ids in selection.items()})
     setattr(model, ATTACHED, Attached(selection, start, before))
     model._ddp_params_and_buffers_to_ignore = [name for name, _ in model.named_buffers()  # they never change
                                                if name.endswith(f"{LEAF}.ids")]
     return model
+
+
+def place(model: nn.Module, units: Mapping[str, tuple[int | None, Tensor]]) -> None:
+    """Freeze the model but for these units of its tensors, axis and ids by name: a leaf trains them; or the tensor
+    itself, if it is float32 and all of it is selected. Works on the meta device, too. Raises InputError, before
+    anything changes, for a module that cannot do it."""
+    tensors = named_tensors(model)
+    _check_owners(model, {id(tensors[name]) for name in units})
+    model.requires_grad_(False)
+    for name, (axis, ids) in units.items():
+        tensor = tensors[name]
+        if is_whole(tensor, axis, ids) and tensor.dtype == torch.promote_types(tensor.dtype, torch.float32):
+            tensor.requires_grad_(True)
+        else:
+            _add_leaf(model, tensor, axis, ids)
 
 
 def detach(model: nn.Module) -> Selection:
