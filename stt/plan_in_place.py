@@ -102,7 +102,7 @@ def chosen(model: nn.Module, mode: Mode, selection: Selection | None, args: Plan
         rows = in_place(model, selection)
         parts = {name: _part(tensors[name], axis_of(rows, name), len(ids)) for name, ids in rows.items()}
     else:
-        body = {name: tensor for name, tensor in tensors.items() if name not in heads}
+        body = {name: tensor for name, tensor in tensors.items() if name not in heads and _may_be_chosen(tensor, mode)}
         parts = {name: Part(None, count, count) for name, count in _shared_out(body, mode, args, sum(sizes.values()))}
     if args.head != "freeze":
         parts |= {name: _part(tensor, *_whole(tensor)) for name, tensor in heads.items()}
@@ -132,6 +132,11 @@ def _whole(tensor: Tensor) -> tuple[int | None, int]:
 
 def _part(tensor: Tensor, axis: int | None, units: int) -> Part:
     return Part(axis, units, units * tensor.numel() // width(tensor, axis))
+
+
+def _may_be_chosen(tensor: Tensor, mode: Mode) -> bool:
+    """The smallest weights of a model are not among the scales of its norms."""
+    return mode.score != "smallest" or tensor.dim() > 1
 
 
 def _shared_out(body: Mapping[str, Tensor], mode: Mode, args: PlanArgs, total: int) -> list[tuple[str, int]]:

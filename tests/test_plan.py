@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import small_runs
 import torch
+from planning import SHIPPED, B, L, T, answer, as_config, loss_of
 from tiny import ARCHITECTURES, MIXTURES
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
@@ -24,14 +25,6 @@ from stt.sites import find_sites
 from stt.surgery import count_parameters
 from util.torch_flops import flops_of, training_flops
 
-B, T, L = 4, 64, 9  # examples, tokens, labelled ones
-SHIPPED = str(small_runs.SHIPPED)
-
-
-def answer(capsys, *flags: str) -> dict:
-    assert verbs.main(["plan", *flags, "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
-
 
 def trained(mode: str, head: str = "train", precision: str = "fp32", checkpointing: bool = False):
     """stt-tiny with real weights, ready to train, and a function that computes its loss on a padded batch or one row.
@@ -44,32 +37,12 @@ def trained(mode: str, head: str = "train", precision: str = "fp32", checkpointi
     return model, loss_of(model, precision)
 
 
-def loss_of(model, precision: str):
-    """A function that computes the loss on a padded batch or one row."""
-    chunked_loss(model.train())
-
-    def loss(examples: int = B):
-        ids = torch.randint(3, 90, (examples, T))
-        labels = ids.clone()
-        labels[:, :-L] = -100
-        mask = torch.ones_like(ids)
-        mask[1:, :3] = 0  # not of a single row
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            return model(input_ids=ids, attention_mask=mask, labels=labels).loss
-    return loss
-
-
 @pytest.fixture(scope="session")
 def two_layers(tmp_path_factory) -> str:
     """A folder with the config of a two-layer decoder of 64 positions, where any model will do."""
     folder = tmp_path_factory.mktemp("two-layers")
     as_config(ARCHITECTURES["llama"]()[0], folder)
     return str(folder)
-
-
-def as_config(model, folder) -> None:
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
 
 
 RUNS = [("stt", "train", "fp32", False), ("stt", "train", "bf16", True), ("lora", "freeze", "bf16", False),

@@ -168,6 +168,11 @@ def patch_of(model: nn.Module, new: Collection[str] = ()) -> Patch:
     return Patch.from_values(model, attached.selection, attached.start, trained_values(model), new)
 
 
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module before weights of it were attached."""
+    return module.__dict__.get("_selected_from", type(module))
+
+
 def _attached(model: nn.Module) -> tuple[nn.Module, Attached]:
     """The attached model, inside of whatever was put around it, and what `attach` did. Raises InputError if there is
     none, or if something has frozen or renamed what trains since."""
@@ -211,7 +216,7 @@ def _add_leaf(model: nn.Module, tensor: nn.Parameter, axis: int | None, ids: Ten
 
 def _read_through(module: nn.Module, attribute: str, leaf: Leaf) -> None:
     """Let `module.attribute` be the tensor with its gradient routed to the leaf, wherever it is read."""
-    plain = module.__dict__.get("_selected_from", type(module))
+    plain = plain_class(module)
     leaves = {**module.__dict__.get("_leaves", {}), attribute: (leaf,)}
     has_rows = plain in (nn.Linear, Conv1D) and "weight" in leaves and leaves["weight"][0].axis is not None
     module.__class__ = _reading(plain, tuple(sorted(leaves)), has_rows)
