@@ -5,7 +5,6 @@ import importlib.util
 import json
 import logging
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Annotated, ClassVar, Literal, TypeVar, get_args
 from tyro.conf import arg
 
 from stt.errors import InputError, unknown_name
-from stt.selective_optimizers.amount import weights_in
+from stt.selective_optimizers.amount import check_amount
 from stt.serving import most_widths
 
 logger = logging.getLogger(__name__)
@@ -280,7 +279,7 @@ class RunArgs:
                 raise InputError(f"{name} is about single weights ({', '.join(of_modes)}), and the mode is "
                                  f"{self.mode!r}; leave it out.")
         if self.budget is not None:
-            weights_in(self.budget, sys.maxsize)  # raises for what is no budget
+            check_amount(self.budget)
         if self.fsdp and given & set(get_args(InPlaceMode)):
             raise InputError(f"fsdp shards what mode {self.mode!r} trains in place; leave it out, and start with "
                              "torchrun alone.")

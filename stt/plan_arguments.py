@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
@@ -22,7 +21,7 @@ from stt.arguments import (
     check_ranges,
 )
 from stt.errors import InputError
-from stt.selective_optimizers.amount import weights_in
+from stt.selective_optimizers.amount import check_amount
 
 PUBLISHED_RATIO = 0.3
 
@@ -123,7 +122,7 @@ class PlanArgs:
             if self.mode not in WEIGHT_MODES:
                 raise InputError(f"budget is about single weights ({', '.join(WEIGHT_MODES)}), and the mode is "
                                  f"{self.mode!r}; leave it out.")
-            weights_in(self.budget, sys.maxsize)  # raises for what is no budget
+            check_amount(self.budget)
         if self.include_norm and self.mode != "bitfit":
             raise InputError(f"include_norm is about the biases of mode 'bitfit', and the mode is {self.mode!r}; leave "
                              "it out.")

@@ -102,7 +102,7 @@ def chosen(model: nn.Module, mode: Mode, selection: Selection | None, args: Plan
         rows = in_place(model, selection)
         parts = {name: _part(tensors[name], axis_of(rows, name), len(ids)) for name, ids in rows.items()}
     else:
-        body = {name: tensor for name, tensor in tensors.items() if name not in heads and _may_be_chosen(tensor, mode)}
+        body = {name: tensor for name, tensor in tensors.items() if name not in heads}
         parts = {name: Part(None, count, count) for name, count in _shared_out(body, mode, args, sum(sizes.values()))}
     if args.head != "freeze":
         parts |= {name: _part(tensor, *_whole(tensor)) for name, tensor in heads.items()}
@@ -134,20 +134,19 @@ def _part(tensor: Tensor, axis: int | None, units: int) -> Part:
     return Part(axis, units, units * tensor.numel() // width(tensor, axis))
 
 
-def _may_be_chosen(tensor: Tensor, mode: Mode) -> bool:
-    """The smallest weights of a model are not among the scales of its norms."""
-    return mode.score != "smallest" or tensor.dim() > 1
-
-
 def _shared_out(body: Mapping[str, Tensor], mode: Mode, args: PlanArgs, total: int) -> list[tuple[str, int]]:
     """How many single weights each tensor outside the head has of the budget, a share of which is one of `total`."""
-    names, sizes = list(body), [tensor.numel() for tensor in body.values()]
     if mode.score == "bias":
         return _biases(body, args, total)
-    count = weights_in(args.budget, total)
-    if count > sum(sizes):
-        raise InputError(f"budget {count:,} is more than the {sum(sizes):,} weights outside the head: lower it")
-    return [(name, share) for name, share in zip(names, apportioned(count, sizes), strict=True) if share]
+    sizes = {name: tensor.numel() for name, tensor in body.items()}
+    matrices = {name: size for name, size in sizes.items() if body[name].dim() > 1}
+    count, available = weights_in(args.budget, total), sum(sizes.values())
+    if count > available:
+        raise InputError(f"budget {count:,} is more than the {available:,} weights outside the head: lower it")
+    if mode.score == "smallest" and count <= sum(matrices.values()):
+        sizes = matrices  # the smallest weights are not among the scales of norms
+    shares = apportioned(count, list(sizes.values()))
+    return [(name, share) for name, share in zip(sizes, shares, strict=True) if share]
 
 
 def _biases(body: Mapping[str, Tensor], args: PlanArgs, total: int) -> list[tuple[str, int]]:

@@ -10,6 +10,7 @@ import pytest
 import small_runs
 import torch
 from planning import SHIPPED, B, L, T, answer, as_config, loss_of
+from safetensors.torch import load_file
 from tiny import ARCHITECTURES, MIXTURES
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
@@ -174,12 +175,16 @@ def test_experts_one_after_the_other_are_refused(flags, tmp_path, capsys):
     assert "sends tokens to experts" in capsys.readouterr().err
 
 
-def test_totals_are_those_of_a_run(small, tmp_path, capsys):
-    """train_llm.py on examples of one length writes the same parameters and FLOPs into results.json."""
+@pytest.mark.parametrize(("mode", "kept"), [
+    ("stt", ["--keep_ratio", "0.4"]), ("train_in_place", ["--keep_ratio", "0.4"]),
+    pytest.param("id3", ["--budget", "3001"], marks=pytest.mark.slow)])
+def test_totals_are_those_of_a_run(mode, kept, small, tmp_path, capsys):
+    """train_llm.py on examples of one length writes the same parameters and FLOPs into results.json, and as large a
+    patch."""
     rows = [{"prompt": f"{a} + {b} =", "completion": f" {c}"} for a in (1, 2, 3, 4) for b in (5, 6, 7) for c in (8, 9)]
     path = str(tmp_path / "sums.jsonl")
     Path(path).write_text("\n".join(map(json.dumps, rows)))
-    flags = ["--model", SHIPPED, "--train_file", path, "--eval_file", path, *small[2:], "--keep_ratio", "0.4",
+    flags = ["--model", SHIPPED, "--train_file", path, "--eval_file", path, *small[2:], "--mode", mode, *kept,
              "--no_eval_epochs", "--max_new_tokens", "2"]
     assert small_runs.run(flags, tmp_path) == 0
     results = small_runs.results(tmp_path)
@@ -191,13 +196,16 @@ def test_totals_are_those_of_a_run(small, tmp_path, capsys):
     encoded = encode_all(task.train, tokenizer, 256, False)[0]
     assert len({(len(row["input_ids"]), sum(label != -100 for label in row["labels"])) for row in encoded}) == 1
     capsys.readouterr()
-    found = answer(capsys, SHIPPED, "--keep", "0.4", "--examples", str(len(encoded)), "--epochs", "2",
+    found = answer(capsys, SHIPPED, "--mode", mode, *kept, "--examples", str(len(encoded)), "--epochs", "2",
                    "--max_length", str(len(encoded[0]["input_ids"])), "--active_sample_ratio", "0.5", "--answer_length",
-                   str(sum(label != -100 for label in encoded[0]["labels"])))
+                   str(sum(label != -100 for label in encoded[0]["labels"])))["plans"][0]
     for name in ("dense", "kept", "trained", "trained_without_head"):
-        assert found["plans"][0]["parameters"][name] == results["parameters"][name], name
+        assert found["parameters"][name] == results["parameters"][name], name
     for name in ("training", "selection"):
-        assert found["plans"][0]["flops"][name] == results["flops"][name], name
+        assert found["flops"][name] == results["flops"].get(name), name
+    if found["disk"]:
+        held = load_file(tmp_path / "run" / "patch.safetensors")
+        assert found["disk"]["patch"] == sum(value.nbytes for name, value in held.items() if "/exact" not in name)
 
 
 def test_seconds_and_steps_by_hand(two_layers, capsys):
