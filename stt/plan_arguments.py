@@ -36,7 +36,7 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
 
 @dataclass(frozen=True)
 class PlanArgs:
-    """Say what a training run will take, before it is queued: parameters, FLOPs, memory of a GPU, time."""
+    """Say what a training run will take, before it is queued: parameters, FLOPs, memory of a GPU, time, disk."""
 
     model: Annotated[str, Positional, arg(metavar="MODEL")]
     """folder, hub id or alias; only its config.json is read"""

@@ -64,12 +64,13 @@ class Chosen:
         return {"total": sum(self.sizes.values()), "trained": self.trained, "trained_without_head": self.outside_head}
 
     def disk(self) -> dict[str, int]:
-        """Bytes of the patch, and of a checkpoint while it trains: a patch and the optimizer's state."""
+        """Bytes of the patch, and of a checkpoint while it trains: a patch and the optimizer's state, which in one that
+        chooses has what it knows of the chosen weights but their gradients, and what the head started from."""
         places = sum(part.units * PLACE_IN_FILE * (1 if self.sizes[name] < MOST_IN_FILE else 2)
                      for name, part in self.parts.items())
         patch = places + VALUE * self.trained
-        pool = (POOL - VALUE) * self.outside_head if self.grows else 0  # gradients are not saved
-        return {"patch": patch, "checkpoint": patch + self.state_bytes() + pool}
+        choosing = (POOL - VALUE) * self.outside_head + VALUE * (self.trained - self.outside_head)
+        return {"patch": patch, "checkpoint": patch + self.state_bytes() + choosing * self.grows}
 
     def state_bytes(self) -> int:
         """AdamW's means of the gradient and of its square."""
