@@ -96,23 +96,31 @@ def attach(model: nn.Module, selection: Selection) -> nn.Module:
     check_fits(selection, tensors)
     if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
         raise InputError("the model is shared out over processes already: stt.attach first, then fully_shard")
-    _check_owners(model, {id(tensors[name]) for name in selection})
     start = {name: read(tensors[name].detach(), axis_of(selection, name), ids).cpu().clone()
              for name, ids in selection.items()}
     before = frozenset(name for name, tensor in tensors.items() if tensor.requires_grad)
-    model.requires_grad_(False)
-    for name, ids in selection.items():
-        tensor, axis = tensors[name], axis_of(selection, name)
-        if is_whole(tensor, axis, ids) and tensor.dtype == torch.promote_types(tensor.dtype, torch.float32):
-            tensor.requires_grad_(True)
-        else:
-            _add_leaf(model, tensor, axis, ids)
+    place(model, {name: (axis_of(selection, name), ids) for name, ids in selection.items()})
     setattr(model, ATTACHED, Attached(selection, start, before))
     if isinstance(model, PreTrainedModel):
         model.tie_weights = functools.partial(_tie_weights, model)
     model._ddp_params_and_buffers_to_ignore = [name for name, _ in model.named_buffers()  # they never change
                                                if name.endswith(f"{LEAF}.ids")]
     return model
+
+
+def place(model: nn.Module, units: Mapping[str, tuple[int | None, Tensor]]) -> None:
+    """Freeze the model but for these units of its tensors, axis and ids by name: a leaf trains them; or the tensor
+    itself, if it is float32 and all of it is selected. Works on the meta device, too. Raises InputError, before
+    anything changes, for a module that cannot do it."""
+    tensors = named_tensors(model)
+    _check_owners(model, {id(tensors[name]) for name in units})
+    model.requires_grad_(False)
+    for name, (axis, ids) in units.items():
+        tensor = tensors[name]
+        if is_whole(tensor, axis, ids) and tensor.dtype == torch.promote_types(tensor.dtype, torch.float32):
+            tensor.requires_grad_(True)
+        else:
+            _add_leaf(model, tensor, axis, ids)
 
 
 def detach(model: nn.Module) -> Selection:
@@ -197,6 +205,11 @@ def own_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: tensor for name, tensor in named_tensors(model).items() if id(tensor) not in leaves}
 
 
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module before weights of it were attached."""
+    return module.__dict__.get("_selected_from", type(module))
+
+
 def _attached(model: nn.Module) -> tuple[nn.Module, Attached]:
     """The attached model, inside of whatever was put around it, and what `attach` did. Raises InputError if there is
     none, or if something has frozen or renamed what trains since."""
@@ -240,7 +253,7 @@ def _add_leaf(model: nn.Module, tensor: nn.Parameter, axis: int | None, ids: Ten
 
 def _read_through(module: nn.Module, attribute: str, leaf: Leaf) -> None:
     """Let `module.attribute` be the tensor with its gradient routed to the leaf, wherever it is read."""
-    plain = module.__dict__.get("_selected_from", type(module))
+    plain = plain_class(module)
     leaves = {**module.__dict__.get("_leaves", {}), attribute: (leaf,)}
     has_rows = plain in (nn.Linear, Conv1D) and "weight" in leaves and leaves["weight"][0].axis is not None
     module.__class__ = _reading(plain, tuple(sorted(leaves)), has_rows)
