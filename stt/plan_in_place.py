@@ -24,7 +24,7 @@ from stt.selective_optimizers.weights import all_of, axis_of, named_tensors, wid
 from stt.surgery import head_parameters, untie_head
 
 # Bytes of each weight or unit. What id3's optimizer holds of a chosen weight beside AdamW's state (pool.py): its place
-# in the tensor and that in the order of choosing, the value it started from, its value and its gradient.
+# in the tensor and that in the order of choosing, the value it started from, its value and the number of its steps.
 VALUE, PLACE, PLACE_IN_FILE, STATE = 4, 8, 4, 8
 POOL = 2 * PLACE + 3 * VALUE
 SORTING = 4 * PLACE  # while new weights are put among the chosen ones
@@ -65,11 +65,11 @@ class Chosen:
 
     def disk(self) -> dict[str, int]:
         """Bytes of the patch, and of a checkpoint while it trains: a patch and the optimizer's state, which in one that
-        chooses has what it knows of the chosen weights but their gradients, and what the head started from."""
+        chooses has what it knows of the chosen weights, and what the head started from."""
         places = sum(part.units * PLACE_IN_FILE * (1 if self.sizes[name] < MOST_IN_FILE else 2)
                      for name, part in self.parts.items())
         patch = places + VALUE * self.trained
-        choosing = (POOL - VALUE) * self.outside_head + VALUE * (self.trained - self.outside_head)
+        choosing = POOL * self.outside_head + VALUE * (self.trained - self.outside_head)
         return {"patch": patch, "checkpoint": patch + self.state_bytes() + choosing * self.grows}
 
     def state_bytes(self) -> int:

@@ -79,13 +79,14 @@ def prepared(model: nn.Module, mode: str, head: str, flags: list[str]) -> torch.
 
 
 def held(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
-    """Bytes of AdamW's state without its step counters, and of what is held of the chosen weights beside it."""
+    """Bytes of AdamW's state without its step counters, and of what is held of the chosen weights beside it: with a
+    counter for each."""
     leaves = [module for module in model.modules() if isinstance(module, Leaf)]
     state, rest = state_and_rest(Row(model, optimizer, [leaf.ids for leaf in leaves]))
     inner = getattr(optimizer, "_trainer", optimizer)
-    pools = getattr(optimizer, "_pools", [])
-    gradients = sum(cohort.grad.nbytes for pool in pools for cohort in pool.cohorts)
-    return state - 4 * len(inner.state), rest + gradients
+    counters = [entry["step"] for entry in inner.state.values()]
+    return (state - sum(counter.nbytes for counter in counters),
+            rest + sum(counter.nbytes for counter in counters if counter.dim()))
 
 
 def compared(found: dict, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[..., Tensor],

@@ -37,13 +37,18 @@ def _step(parameter: nn.Parameter, state: dict[str, Tensor], group: dict[str, ob
     if group["amsgrad"]:
         largest = state.setdefault("max_exp_avg_sq", torch.zeros_like(square))
         square = torch.maximum(largest, square, out=largest)
-    state["step"] = steps = state["step"].to(parameter.device) + 1  # torch leaves it on the CPU when it loads a state
-    bias1, bias2 = (_of_steps(beta, steps) for beta in (beta1, beta2))
-    spread = (square.sqrt() / bias2.sqrt().to(square)).add_(group["eps"])
-    parameter.add_((-rate / bias1).to(mean) * mean / spread)
+    steps = state["step"] = state["step"].to(parameter.device)  # torch leaves it on the CPU when it loads a state
+    steps.add_(1)
+    rates, roots = -rate / _of_steps(beta1, steps), _of_steps(beta2, steps).sqrt()
+    spread = square.sqrt().div_(_at(steps, roots, square)).add_(group["eps"])
+    parameter.add_(_at(steps, rates, mean).mul_(mean).div_(spread))
 
 
 def _of_steps(beta: float, steps: Tensor) -> Tensor:
-    """(n,) 1 - beta^steps in float64, by a table: there are fewer counts than numbers."""
-    table = 1 - beta ** torch.arange(int(steps.max()) + 1, dtype=torch.float64)
-    return table.to(steps.device)[steps.long()]
+    """1 - beta^step in float64, for every count up to the highest: there are fewer of those than numbers."""
+    return 1 - beta ** torch.arange(int(steps.max()) + 1, dtype=torch.float64)
+
+
+def _at(steps: Tensor, table: Tensor, like: Tensor) -> Tensor:
+    """(n,) the entries of the table, of the dtype and on the device of `like`."""
+    return table.to(like).index_select(0, steps.int())
