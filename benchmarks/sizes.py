@@ -125,5 +125,6 @@ def _cuda_plan() -> Plan:
                 Size("text encoder", "_bert", "bert", {**BERT, "num_hidden_layers": 12}, 64, 128, ENCODER_ROWS,
                      multiple=128))
     selections = (replace(small, name="selection", suffix="_152k", rows=PASSES),)
-    return Plan((small, large), answers, selections, encoders, selection_batches=8, new_tokens=64, seconds={
-        "step": 60, "answer": 60, "forward": 30, "prefill": 30, "decode": 60, "encoder": 30, "selection": 60})
+    return Plan((small, large), answers, selections, encoders, selection_batches=8, new_tokens=32, total_seconds=480,
+                seconds={"step": 30, "answer": 30, "forward": 15, "prefill": 15, "decode": 30, "encoder": 15,
+                         "selection": 30})

@@ -1,8 +1,11 @@
 #!/usr/bin/env python
-"""What it costs to train chosen weights: stt's two back ends, full AdamW, the public package and PEFT's sparse tuners.
+"""What it costs to train chosen weights: stt's two back ends, full AdamW, the public package, PEFT's LoRA and sparse
+tuners.
 
     python benchmarks/weights.py                      # a Llama of 10.4 M weights, a budget of 32,000
     python benchmarks/weights.py --out benchmarks/WEIGHTS.md
+    python benchmarks/weights.py --size 0.5B          # on a GPU, under bfloat16 autocast
+    python benchmarks/weights.py --size 7B            # the same in bfloat16, what fits
 
 One process; every round runs every row once, in an order that rotates. Times are medians; a ratio is the median over
 the rounds of the ratio within the round, in brackets its 95 % interval. Rows of packages that are not installed are
@@ -18,6 +21,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +29,40 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import machine, memory
+from benchmarks.sizes import QWEN_05B, QWEN_7B
 from benchmarks.table import Table, with_interval
 from benchmarks.timing import Patience, Ratio, Work, alternate, ratio
+from benchmarks.variants import precision
+
+if TYPE_CHECKING:
+    import peft
 
 MB = 1e6
 SHARE = 0.019  # of every linear layer, for what is compared with PEFT
 KEEP = 0.3  # of the neurons, trained in place
 STEPS = 1000  # over which ID3 spends its budget
+
+
+@dataclass(frozen=True)
+class Size:
+    """A decoder with random weights, its batch, and how many of its weights train."""
+
+    config: Mapping[str, object]
+    batch: tuple[int, int]  # examples, tokens of each
+    budget: int
+    dtype: torch.dtype = torch.float32
+    rows: tuple[str, ...] = ()  # keys of ROWS; empty: all
+
+
+SIZES = {
+    "tiny": Size({"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+                  "vocab_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}, (2, 16), 1000),
+    "small": Size({"model_type": "llama", "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8,
+                   "vocab_size": 8192, "num_attention_heads": 4, "num_key_value_heads": 4}, (2, 128), 32_000),
+    "0.5B": Size({**QWEN_05B, "model_type": "qwen2", "tie_word_embeddings": True}, (8, 512), 1_000_000),
+    "7B": Size({**QWEN_7B, "model_type": "qwen2"}, (2, 512), 15_000_000, torch.bfloat16,
+               ("stt leaf, PaFI", "PEFT LoRA, of about the budget", "PEFT Super-Tuning, 1.9 %")),
+}
 
 
 @dataclass
@@ -118,12 +149,27 @@ def sparse_tuner(name: str) -> Make:
         else:  # SHiRA gives every layer r * (D + F) weights
             shape = linears(model)[targets[0]].weight.shape
             config = peft.ShiraConfig(target_modules=targets, r=max(1, round(SHARE * shape.numel() / sum(shape))))
-        before = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-        tuned = peft.get_peft_model(model, config)
-        trained = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
-        held = [tensor for tensor in (*tuned.parameters(), *tuned.buffers()) if id(tensor) not in before]
-        return Row(tuned, torch.optim.AdamW(trained, lr=1e-4), held)
+        return tuned(model, config)
     return make
+
+
+def tuned(model: nn.Module, config: peft.PeftConfig) -> Row:
+    import peft
+
+    before = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    model = peft.get_peft_model(model, config)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    held = [tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in before]
+    return Row(model, torch.optim.AdamW(trained, lr=1e-4), held)
+
+
+def lora(model: nn.Module, budget: int) -> Row:
+    """On all linear layers but the head, of the rank with which it trains about as many numbers as the budget."""
+    import peft
+
+    a_rank = sum(sum(module.weight.shape) for module in linears(model).values())
+    config = peft.LoraConfig(target_modules=list(linears(model)), r=max(1, round(budget / a_rank)))
+    return tuned(model, config)
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -141,6 +187,7 @@ ROWS: dict[str, tuple[str | None, Make]] = {  # the package that it needs
     "stt leaf, PaFI": (None, leaf),
     "public package, ID3": ("selective_optimizers", public("id3")),
     "stt wrapper, ID3": (None, wrapper("id3")),
+    "PEFT LoRA, of about the budget": ("peft", lora),
     "PEFT Super-Tuning, 1.9 %": ("peft", sparse_tuner("supertuning")),
     "PEFT SHiRA, 1.9 %": ("peft", sparse_tuner("shira")),
     "stt leaf, Super-Tuning's 1.9 %": (None, leaf_of_largest),
@@ -158,18 +205,20 @@ MOST_MS, MOST_STATE = 5.0, 0.3  # of a static step, and MB of its optimizer stat
 # ---------------------------------------------------------------- measurements
 
 
-def llama(size: str) -> nn.Module:
-    """Random weights: 10.4 M of them, or few for a test."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def decoder(size: Size, device: torch.device) -> nn.Module:
+    """Random weights, ready to train."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    shape = {"small": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8, "vocab_size": 8192},
-             "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 128}}[size]
-    return LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=4))
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**size.config), dtype=size.dtype)
+    return model.train()
 
 
 def passed(model: nn.Module, ids: Tensor) -> None:
-    model(input_ids=ids, labels=ids).loss.backward()
+    with precision(ids.device):
+        loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
 
 
 def bytes_in(value: object) -> int:
@@ -222,50 +271,60 @@ def timed(rows: Mapping[str, Row], ids: Tensor, patience: Patience) -> tuple[dic
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", default="small", choices=("small", "tiny"), help="of the model")
-    parser.add_argument("--budget", type=int, default=32_000, help="weights to train")
+    parser.add_argument("--size", default="small", choices=SIZES, help="of the model; from 0.5B on for a GPU")
+    parser.add_argument("--budget", type=int, help="weights to train (default: by size, 32000 for small)")
     parser.add_argument("--seconds", type=float, default=120, help="for each of the two timings")
     parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: on a machine that is busy")
     parser.add_argument("--out", type=Path, help="also write the table here")
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    base = llama(args.size).to(device).train()
-    ids = torch.randint(0, base.config.vocab_size, (2, 128), generator=torch.Generator().manual_seed(1)).to(device)
+    if args.clock == "cpu" and device.type == "cuda":
+        parser.error("--clock cpu does not see the time of a GPU: leave it out")
+    torch.set_num_threads(1)
+    size = SIZES[args.size]
+    args.budget = args.budget or size.budget
+    ids = torch.randint(0, size.config["vocab_size"], size.batch, generator=torch.Generator().manual_seed(1)).to(device)
+    base = decoder(size, device)
+    held = memory.parameter_bytes(base)
+    title = f"{sum(parameter.numel() for parameter in base.parameters()) / MB:.1f} M weights ({held / MB:,.0f} MB), " \
+            f"budget {args.budget:,}"
     rows = {name: make(copy.deepcopy(base), args.budget) for name, (package, make) in ROWS.items()
-            if package is None or importlib.util.find_spec(package)}
+            if (not size.rows or name in size.rows) and (package is None or importlib.util.find_spec(package))}
+    del base
     peaks = {name: float(peak(row, ids)) for name, row in rows.items()}
     bytes_of = {name: state_and_rest(row) for name, row in rows.items()}
     steps, passes = timed(rows, ids, Patience(args.seconds, clock=args.clock))
-    page = written(base, args, (steps, passes), bytes_of, peaks, device)
+    ratios = compared(steps, passes, peaks)
+    if args.size == "small":
+        ratios += [["a static step, ms", 1e3 * statistics.median(steps["stt leaf, PaFI"]), MOST_MS],
+                   ["its optimizer state, MB", bytes_of["stt leaf, PaFI"][0] / MB, MOST_STATE]]
+    page = written(args, device, [measured(title, args.clock, steps, passes, bytes_of, peaks),
+                                  Table("Ratios", ["", "measured", "at most"], ratios)])
     print(page)
     if args.out:
         args.out.write_text(page, encoding="utf-8")
     return 0
 
 
-def written(base: nn.Module, args: argparse.Namespace, times: tuple[dict[str, list[float]], ...],
-            bytes_of: Mapping[str, tuple[int, int]], peaks: Mapping[str, float], device: torch.device) -> str:
-    """The page: where, the table, and the ratios beside what they should be."""
-    steps, passes = times
-    weights = sum(parameter.numel() for parameter in base.parameters())
-    table = Table(f"{weights / 1e6:.1f} M weights, budget {args.budget:,}",
-                  ["", "step, ms", "forward + backward, ms", "optimizer state, MB", "masks, places, values, MB",
-                   "peak above the model, MB"],
-                  [[name, 1e3 * statistics.median(steps[name]), 1e3 * statistics.median(passes[name]),
-                    bytes_of[name][0] / MB, bytes_of[name][1] / MB, peaks[name] / MB] for name in steps],
-                  [f"Medians of {len(next(iter(steps.values())))} rounds, {args.clock} clock, load "
-                   f"{machine.load()[0]}. ID3 is at the beginning of its {STEPS} steps and has chosen a small part of "
-                   "the budget, in both packages."])
-    ratios = Table("Ratios", ["", "measured", "at most"], compared(steps, passes, peaks))
-    static = statistics.median(steps["stt leaf, PaFI"]) * 1e3
-    ratios.rows.append(["a static step, ms", static, MOST_MS])
-    ratios.rows.append(["its optimizer state, MB", bytes_of["stt leaf, PaFI"][0] / MB, MOST_STATE])
+def measured(title: str, clock: str, steps: Mapping[str, list[float]], passes: Mapping[str, list[float]],
+             bytes_of: Mapping[str, tuple[int, int]], peaks: Mapping[str, float]) -> Table:
+    """A line for every row."""
+    columns = ["", "step, ms", "forward + backward, ms", "optimizer state, MB", "masks, places, values, MB",
+               "peak above the model, MB"]
+    lines = [[name, 1e3 * statistics.median(steps[name]), 1e3 * statistics.median(passes[name]),
+              bytes_of[name][0] / MB, bytes_of[name][1] / MB, peaks[name] / MB] for name in steps]
+    return Table(title, columns, lines, [
+        f"Medians of {len(next(iter(steps.values())))} rounds, {clock} clock, load {machine.load()[0]}. ID3 is at the "
+        f"beginning of its {STEPS} steps and has chosen a small part of the budget, in both packages."])
+
+
+def written(args: argparse.Namespace, device: torch.device, tables: Sequence[Table]) -> str:
+    """The page: the command, where it ran, the tables."""
     where = [f"- {name}: {value}" for name, value in {**machine.described(device), **machine.software()}.items()]
     command = (f"python benchmarks/weights.py --size {args.size} --budget {args.budget} --seconds {args.seconds:g} "
                f"--clock {args.clock}")
     return "\n".join(["# Training chosen weights", "", "```bash", command, "```", "", *where, "",
-                      table.markdown(), ratios.markdown()])
+                      *(table.markdown() for table in tables)])
 
 
 def compared(steps: Mapping[str, list[float]], passes: Mapping[str, list[float]],

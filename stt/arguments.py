@@ -5,7 +5,6 @@ import importlib.util
 import json
 import logging
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Annotated, ClassVar, Literal, TypeVar, get_args
 from tyro.conf import arg
 
 from stt.errors import InputError, unknown_name
-from stt.selective_optimizers.amount import weights_in
+from stt.selective_optimizers.amount import check_amount
 from stt.serving import most_widths
 
 logger = logging.getLogger(__name__)
@@ -42,7 +41,7 @@ BiasCorrection = Literal["entry", "global"]
 PRESETS = {"published": {}, "best": {"score": "contribution", "compensate": "lstsq_weights"}}
 
 BUDGET_SHIPPED, BUDGET = "2%", "0.2%"  # of the weights, with a model we ship and with any other one
-_BUDGETS = f"(default: {BUDGET_SHIPPED} for a shipped model, {BUDGET} for others; bitfit: every bias)"
+BUDGETS = f"(default: {BUDGET_SHIPPED} for a shipped model, {BUDGET} for others; bitfit: every bias)"
 
 # (fields, accepted?, in words); None is accepted where it is the default
 RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
@@ -170,7 +169,7 @@ class RunArgs:
     """an expert that a router sends fewer tokens of the selection data than this is ranked by magnitude"""
     head: Head = "train"
     """train the output head, freeze it, or untie it from the input embedding and train it alone"""
-    budget: Annotated[str | None, arg(metavar="N|SHARE%", help_behavior_hint=_BUDGETS)] = None
+    budget: Annotated[str | None, arg(metavar="N|SHARE%", help_behavior_hint=BUDGETS)] = None
     """weights to train in the modes id3, pafi, bitfit and random_weights, beside the head: a number or a share of the
     model"""
     include_norm: bool = False
@@ -280,7 +279,7 @@ class RunArgs:
                 raise InputError(f"{name} is about single weights ({', '.join(of_modes)}), and the mode is "
                                  f"{self.mode!r}; leave it out.")
         if self.budget is not None:
-            weights_in(self.budget, sys.maxsize)  # raises for what is no budget
+            check_amount(self.budget)
         if self.fsdp and given & set(get_args(InPlaceMode)):
             raise InputError(f"fsdp shards what mode {self.mode!r} trains in place; leave it out, and start with "
                              "torchrun alone.")
@@ -316,18 +315,28 @@ def filled(args: Args, task: str) -> Args:
     """`args` with a model that can be loaded, the task if no data is given, and the numbers and the preset's choices
     that `None` stands for; says in the log which numbers. Raises InputError for a model path that is not there."""
     model = resolve_model(args.model)
-    is_shipped = Path(model).resolve().parent == SHIPPED_MODELS
-    defaults = args.for_shipped_model if is_shipped else args.for_real_models
+    is_ours = is_shipped(model)
+    defaults = args.for_shipped_model if is_ours else args.for_real_models
     numbers = {name: value for name, value in defaults.items() if getattr(args, name) is None}
     if numbers:
         words = ", ".join(f"{name} {value}" for name, value in numbers.items())
-        logger.info("defaults for %s: %s", Path(model).name if is_shipped else "a model that is not shipped", words)
+        logger.info("defaults for %s: %s", Path(model).name if is_ours else "a model that is not shipped", words)
     preset = PRESETS[args.preset] if args.mode in STT_MODES else {}
     chosen = {name: value for name, value in preset.items() if getattr(args, name) is None}
     if args.budget is None and set((args.mode or "").split(",")) & {*WEIGHT_MODES, "id3_global"} - {"bitfit"}:
-        chosen["budget"] = BUDGET_SHIPPED if is_shipped else BUDGET
+        chosen["budget"] = usual_budget(model)
     task = task if args.task is None and args.train_file is None else args.task
     return replace(args, model=model, task=task, **numbers, **chosen)
+
+
+def is_shipped(model: str) -> bool:
+    """Whether a resolved model is one of ours."""
+    return Path(model).resolve().parent == SHIPPED_MODELS
+
+
+def usual_budget(model: str) -> str:
+    """The share of a resolved model's weights that trains where no budget is given."""
+    return BUDGET_SHIPPED if is_shipped(model) else BUDGET
 
 
 def resolve_model(name: str) -> str:

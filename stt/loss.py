@@ -22,6 +22,7 @@ from transformers.trainer_utils import unwrap_peft_model
 from stt import chunked
 from stt.chunked import IGNORED, Objective, Transform
 from stt.errors import InputError
+from stt.selective_optimizers.leaf import plain_class
 from stt.surgery import override_forward
 from stt.trace import evaluating
 
@@ -213,18 +214,21 @@ def _known_transforms(config: object) -> Iterator[Transform]:
 
 
 def is_head_on_body(model: PreTrainedModel) -> bool:
-    """True if the model is a body and a plain head, and no other module."""
+    """True if the model is a body and a plain head, and no other module but what trains of these in place."""
     head, body = model.get_output_embeddings(), model.base_model
-    return body is not model and _is_plain(head) and set(model.modules()) - set(body.modules()) == {model, head}
+    if body is model or not _is_plain(head):
+        return False
+    return set(model.modules()) - set(body.modules()) - set(head.children()) == {model, head}
 
 
 def _is_plain(head: nn.Module) -> bool:
-    """True for an nn.Linear that does nothing but its product: no adapter, hook, quantized or sharded weight."""
-    if type(head) is not nn.Linear or "forward" in vars(head):
+    """True for an nn.Linear that does nothing but its product: no adapter, hook, quantized or sharded weight. It may
+    train in place: what it reads as its weight takes the gradient."""
+    if plain_class(head) is not nn.Linear or "forward" in vars(head):
         return False
     hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
-    return not any(hooks) and type(head.weight) is nn.Parameter and head.weight.shape == (head.out_features,
-                                                                                          head.in_features)
+    weight = head._parameters.get("weight")
+    return not any(hooks) and type(weight) is nn.Parameter and weight.shape == (head.out_features, head.in_features)
 
 
 def _is_close(found: Tensor, expected: Tensor) -> bool:

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stt import modes
-from stt.arguments import resolve_model
+from stt import modes, plan_in_place
+from stt.arguments import WEIGHT_MODES, resolve_model, usual_budget
 from stt.discover import discover
 from stt.errors import InputError
 from stt.loading import on_meta
 from stt.plan_arguments import PlanArgs
+from stt.plan_in_place import Chosen
 from stt.plan_step import Batch, selection_flops, step_bytes, step_flops
 from stt.recipe import kept_fraction
 from stt.selecting import select
@@ -38,13 +39,15 @@ ADAMW_STATE = 2  # numbers for every trained one: the means of the gradient and 
 
 @dataclass(frozen=True)
 class Plan:
-    """One size of the run. `memory` is in bytes, of one GPU, in its parts and at the worst moment of a step."""
+    """One size of the run. The fractions are of a selection of units: those that are kept, or that train in place.
+    `memory` is in bytes, of one GPU, in its parts and at the worst moment of a step."""
 
     kept_fraction_of_units: float
     kept_fraction_of_heads: float | None
     parameters: dict[str, int]
     flops: dict[str, int | None]
     memory: dict[str, int]
+    disk: dict[str, int] | None  # of what was trained in place
     seconds: dict[str, float] | None
 
     @property
@@ -58,10 +61,12 @@ def planned(args: PlanArgs) -> dict[str, object]:
 
     Raises InputError for a model that cannot be read, sliced or counted.
     """
-    dense = _dense(args)
-    selecting, has_score = {"selection_example": None}, modes.find(args.mode).score is not None
-    _check_experts(dense, has_score and args.units != "heads")
-    if has_score:
+    dense, chooses_units = _dense(args), modes.find(args.mode).chooses_units
+    if args.budget is None and args.mode in WEIGHT_MODES and args.mode != "bitfit":
+        args = replace(args, budget=usual_budget(resolve_model(args.model)))
+    selecting = {"selection_example": None}
+    _check_experts(dense, chooses_units and args.units != "heads")
+    if chooses_units:
         modes.check_sites(dense, args.partial, args.units)
         selecting = {"selection_example": selection_flops(copy.deepcopy(dense), args.max_length, args.units)}
     tflops = measured_tflops(_compute_dtype(args) or torch.float32) if args.measure else args.tflops
@@ -109,7 +114,7 @@ def _loaded_dtype(model: PreTrainedModel, args: PlanArgs) -> torch.dtype:
 
 def _selections(dense: PreTrainedModel, args: PlanArgs) -> list[Selection | None]:
     """Selections of the right sizes: of one, or of the least and the most that a union of two sets keeps."""
-    if modes.find(args.mode).score is None:
+    if not modes.find(args.mode).chooses_units:
         return [None]
     choose = partial(select, dense, score="random", units=args.units, heads_keep=args.heads_ratio)
     if args.keep is not None:
@@ -124,8 +129,8 @@ def _selections(dense: PreTrainedModel, args: PlanArgs) -> list[Selection | None
 
 def _plan(dense: PreTrainedModel, selection: Selection | None, args: PlanArgs, selecting: dict[str, int | None],
           tflops: float | None) -> Plan:
-    model = _prepared(dense, selection, args)
-    counted = count_parameters(model)
+    model, chosen = _prepared(dense, selection, args)
+    counted = chosen.parameters() if chosen else count_parameters(model)
     training = step_flops(copy.deepcopy(model), _batch(args), _compute_dtype(args))
     flops = {"training_example": training, **selecting} | _in_all(training, selecting["selection_example"], args)
     seconds = None
@@ -133,7 +138,7 @@ def _plan(dense: PreTrainedModel, selection: Selection | None, args: PlanArgs, s
         seconds = {name: (flops[name] or 0) / (args.gpus * tflops * 1e12) for name in ("training", "selection")}
     kept = kept_fraction(selection), kept_fraction(selection, "heads") if selection and selection.heads else None
     return Plan(*kept, {"dense": count_parameters(dense)["total"], "kept": counted.pop("total"), **counted}, flops,
-                _memory(model, args), seconds)
+                _memory(model, chosen, args), chosen and chosen.disk(), seconds)
 
 
 def _in_all(training: int, selection: int | None, args: PlanArgs) -> dict[str, int | None]:
@@ -144,13 +149,18 @@ def _in_all(training: int, selection: int | None, args: PlanArgs) -> dict[str, i
     return {"training": training * args.rows * args.epochs, "selection": selection and selection * shown}
 
 
-def _prepared(dense: PreTrainedModel, selection: Selection | None, args: PlanArgs) -> PreTrainedModel:
-    """A copy of the dense model, ready to train."""
-    model = copy.deepcopy(dense)
-    modes.prepare(modes.find(args.mode), model, selection, modes.Lora(args.lora_r), args.head)
+def _prepared(dense: PreTrainedModel, selection: Selection | None,
+              args: PlanArgs) -> tuple[PreTrainedModel, Chosen | None]:
+    """A copy of the dense model, ready to train, and what trains of it in place."""
+    model, mode, chosen = copy.deepcopy(dense), modes.find(args.mode), None
+    if mode.is_in_place:
+        chosen = plan_in_place.chosen(model, mode, selection, args)
+        plan_in_place.prepare(model, chosen, args.head)
+    else:
+        modes.prepare(mode, model, selection, modes.Lora(args.lora_r), args.head)
     if args.activation_checkpointing:
         recompute(model)
-    return model
+    return model, chosen
 
 
 # ---------------------------------------------------------------- memory
@@ -160,22 +170,26 @@ def _batch(args: PlanArgs) -> Batch:
     return Batch(args.train_batch, args.max_length, args.labelled)
 
 
-def _memory(model: PreTrainedModel, args: PlanArgs) -> dict[str, int]:
+def _memory(model: PreTrainedModel, chosen: Chosen | None, args: PlanArgs) -> dict[str, int]:
     """Bytes of one GPU in a training step of the prepared model, which is of no other use afterwards."""
     parts = args.gpus if args.shard else 1
     weights = list(model.parameters())
     trained = [parameter for parameter in weights if parameter.requires_grad]
-    buffers = sum(buffer.nbytes for buffer in model.buffers())
     memory = {"weights": sum(shard_bytes(p, parts) for p in weights),
               "gradients": sum(shard_bytes(p, parts) for p in trained)}
-    memory |= {"optimizer": ADAMW_STATE * memory["gradients"], "communication": 0}
+    memory |= {"optimizer": chosen.state_bytes() if chosen else ADAMW_STATE * memory["gradients"],
+               "chosen": chosen.held_bytes(model) if chosen else 0, "communication": 0}
     if args.shard:
         memory["communication"] = _gathered_bytes(model, _compute_dtype(args) or torch.float32)
     elif args.gpus > 1:
         memory["communication"] = memory["gradients"]  # DDP adds gradients up in buckets of its own
+    buffers = sum(buffer.nbytes for buffer in plan_in_place.own_buffers(model))
     held = step_bytes(model, _batch(args), _compute_dtype(args), keeps_gradients=not args.shard)
-    peak = memory["weights"] + memory["optimizer"] + memory["communication"] + buffers + held.peak
-    return memory | {"activations": held.saved, "peak": peak + (memory["gradients"] if args.shard else 0)}
+    worst = held.peak + (memory["gradients"] if args.shard else 0)
+    if chosen and chosen.grows:
+        worst = max(worst, memory["gradients"] + chosen.choosing_bytes())
+    always = sum(memory[name] for name in ("weights", "optimizer", "chosen", "communication"))
+    return memory | {"activations": held.saved, "peak": always + buffers + worst}
 
 
 def shard_bytes(parameter: Tensor, parts: int) -> int:
@@ -203,7 +217,7 @@ def _cards(dense: PreTrainedModel, selection: Selection | None, args: PlanArgs, 
     open_ones = [size for size in reversed(CARDS) if not cards[size]["fits"]]
     changes = _changes(args, dense.supports_gradient_checkpointing) if open_ones else iter(())
     for flags, changed in changes:
-        peak = _memory(_prepared(dense, selection, changed), changed)["peak"]
+        peak = _memory(*_prepared(dense, selection, changed), changed)["peak"]
         for size in [size for size in open_ones if peak <= USABLE * size * 1e9]:
             cards[size] |= {"change": flags, "peak": peak}
             open_ones.remove(size)
@@ -219,7 +233,7 @@ def _changes(args: PlanArgs, can_checkpoint: bool) -> Iterator[tuple[str, PlanAr
             ("--train_batch 1", "train_batch", 1, args.train_batch > 1),
             ("--activation_checkpointing", "activation_checkpointing", True,
              can_checkpoint and not args.activation_checkpointing),
-            ("--shard", "shard", True, args.gpus > 1 and not args.shard),
+            ("--shard", "shard", True, args.gpus > 1 and not (args.shard or modes.find(args.mode).is_in_place)),
             ("--head freeze", "head", "freeze", args.head != "freeze")):
         if is_of_use:
             args = replace(args, **{name: value})

@@ -118,13 +118,14 @@ class Run:
         """What was trained, by how much, and for weights chosen in training which they are. The base model has no
         values of a new head."""
         from stt.selective_optimizers import recipe as in_place
+        from stt.selective_optimizers.progress import PATCH
         from stt.surgery import head_parameters
         from util.files import writing
 
         patch = in_place.finished(model, self.growing, head_parameters(model) if has_new_head else ())
-        with writing(self.path / in_place.PATCH, "the last checkpoint is kept"):
+        with writing(self.path / PATCH, "the last checkpoint is kept"):
             if ranks.is_first():
-                patch.save(self.path / in_place.PATCH)
+                patch.save(self.path / PATCH)
                 if selection is None:
                     patch.selection.save(self.path / SELECTION)
 

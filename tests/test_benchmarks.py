@@ -3,6 +3,7 @@ No time is asserted."""
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import math
 from dataclasses import replace
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import measure, memory, models, neurons, sizes, straightforward, timing, variants
+from benchmarks import measure, memory, models, neurons, sizes, straightforward, timing, variants, weights
 from benchmarks.sizes import Plan, Size
 from benchmarks.table import Table
 
@@ -366,3 +367,28 @@ def test_table():
     table = Table("T", ("", "a"), [("row", 0.12345), ("other", 1234.5), ("none", None)], ["Note."])
     assert table.markdown() == ("## T\n\n|       | a     |\n|-------|-------|\n| row   | 0.123 |\n| other | 1234  |\n"
                                 "| none  | –     |\n\nNote.\n")
+
+
+def test_the_benchmark_of_weights_names_every_row(tmp_path, capsys) -> None:
+    assert weights.main(["--size", "tiny", "--seconds", "0.01", "--out", str(tmp_path / "WEIGHTS.md")]) == 0
+    page = (tmp_path / "WEIGHTS.md").read_text()
+    assert page == capsys.readouterr().out.removesuffix("\n")
+    for name, (package, _) in weights.ROWS.items():
+        assert (f"| {name} " in page) == (package is None or importlib.util.find_spec(package) is not None)
+
+
+def test_bytes_of_the_rows_of_weights_are_those_of_hand_counts() -> None:
+    model = weights.decoder(weights.SIZES["tiny"], CPU)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    ids = torch.zeros(2, 16, dtype=torch.long)
+    made = {name: make(copy.deepcopy(model), 1000) for name, make in
+            (("full", weights.full(False)), ("leaf", weights.leaf), ("lora", weights.lora))}
+    for row in made.values():
+        weights.passed(row.model, ids)
+        row.optimizer.step()
+    assert abs(weights.state_and_rest(made["full"])[0] - 8 * count) < 4 * 100  # and a step for each tensor
+    state, held = weights.state_and_rest(made["leaf"])
+    assert abs(state - 8 * 1000) < 4 * 100
+    assert held == 1000 * (4 + 8 + 4)  # values, places, what they started from
+    adapters = [parameter.numel() for parameter in made["lora"].model.parameters() if parameter.requires_grad]
+    assert weights.state_and_rest(made["lora"])[1] == 4 * sum(adapters)

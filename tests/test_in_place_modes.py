@@ -125,3 +125,20 @@ def test_bad_flags(flags: list[str], words: str, small: list[str], tmp_path: Pat
     assert run(small, tmp_path, *flags) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_classifier_goes_on_from_a_patch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--mode", "pafi", "--budget", "500", "--train_size", "40", "--num_epochs", "1", "--run_name", "run",
+             "--train_batch", "8", "--save_steps", "2", "--no_eval_epochs"]
+
+    def start(name: str, *more: str) -> int:
+        return cli.run(train_classifier.main, ClassifierArgs, [*flags, "--output_dir", str(tmp_path / name), *more])
+
+    assert start("whole") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Record, "on_step_begin", ending_at(3))
+        assert start("cut") == 130
+    assert len(Patch.load(tmp_path / "cut" / "run" / "checkpoint-2" / "patch.safetensors").new) == 2  # of the head
+    assert start("cut", "--resume") == 0
+    one, other = (load_file(tmp_path / name / "run" / "checkpoint" / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())

@@ -15,7 +15,7 @@ from two_processes import in_two
 import stt
 from stt.errors import InputError
 from stt.selection import Selection
-from stt.selective_optimizers.leaf import trained_values
+from stt.selective_optimizers.leaf import Leaf, trained_values
 from stt.selective_optimizers.weights import named_tensors, selection_of
 
 Found = tuple[list[float], dict[str, Tensor]]
@@ -60,6 +60,24 @@ def in_parts(rank: int) -> Found:
     tensors = {name: tensor.full_tensor().detach().clone() for name, tensor in model.named_parameters()
                if "_selected" not in name}
     return losses, values | {f"all of {name}": tensor for name, tensor in tensors.items()}
+
+
+def with_ids_of_its_own(rank: int) -> list[Tensor]:
+    """The positions of every leaf after a step, of which each process marks its own."""
+    model = attached()
+    leaves = [module for module in model.modules() if isinstance(module, Leaf)]
+    for leaf in leaves:
+        leaf.ids = torch.full_like(leaf.ids, rank)
+    parallel = DistributedDataParallel(model)
+    parallel(input_ids=batches()[0][rank::2])
+    return [leaf.ids.clone() for leaf in leaves]
+
+
+def test_positions_are_not_exchanged(tmp_path: Path) -> None:
+    """DDP sends every buffer before every step; those of the leaves never change, and are as many as the weights."""
+    for rank, found in enumerate(in_two(with_ids_of_its_own, tmp_path)):
+        assert len(found) == 4
+        assert all((ids == rank).all() for ids in found)
 
 
 @pytest.mark.parametrize("way", [in_copies, in_parts])

@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import stt
 from stt.errors import InputError
 from stt.loss import answer_nll
+from stt.selective_optimizers.leaf import Leaf
 from stt.surgery import restore_forward, untie_head
 from util.torch_flops import training_flops
 
@@ -112,6 +113,22 @@ def test_all_logits_never_exist(name, monkeypatch):
     with Logits() as chunked:
         model(**batch).loss.backward()
     assert (own.rows, chunked.rows) == (batch["labels"].numel(), 2)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("name", ["qwen2-tied", "phi", "cohere"])
+def test_a_head_that_trains_in_place(name, dtype, tolerance, monkeypatch):
+    """Some of its weights, or in half precision all of them, beside others: in chunks, too."""
+    monkeypatch.setattr("stt.chunked.CHUNK_ROWS", 2)
+    model, batch = build(name, dtype, share=1.0)
+    head = [name for name, p in model.named_parameters() if p is model.get_output_embeddings().weight]
+    always = head if dtype == torch.bfloat16 else []
+    stt.attach(model, stt.select_weights(model, score="random", budget=0.8, always=always))
+    assert_equals_plain(model, batch, tolerance)
+    assert all(leaf.values.grad.any() for leaf in model.modules() if isinstance(leaf, Leaf))
+    with Logits() as chunked:
+        model(**batch).loss.backward()
+    assert chunked.rows == 2
 
 
 @pytest.mark.parametrize("items", [None, 5, torch.tensor(5)])

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import small_runs
 import torch
+from planning import SHIPPED, B, L, T, answer, as_config, loss_of
+from safetensors.torch import load_file
 from tiny import ARCHITECTURES, MIXTURES
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
@@ -24,14 +26,6 @@ from stt.sites import find_sites
 from stt.surgery import count_parameters
 from util.torch_flops import flops_of, training_flops
 
-B, T, L = 4, 64, 9  # examples, tokens, labelled ones
-SHIPPED = str(small_runs.SHIPPED)
-
-
-def answer(capsys, *flags: str) -> dict:
-    assert verbs.main(["plan", *flags, "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
-
 
 def trained(mode: str, head: str = "train", precision: str = "fp32", checkpointing: bool = False):
     """stt-tiny with real weights, ready to train, and a function that computes its loss on a padded batch or one row.
@@ -44,32 +38,12 @@ def trained(mode: str, head: str = "train", precision: str = "fp32", checkpointi
     return model, loss_of(model, precision)
 
 
-def loss_of(model, precision: str):
-    """A function that computes the loss on a padded batch or one row."""
-    chunked_loss(model.train())
-
-    def loss(examples: int = B):
-        ids = torch.randint(3, 90, (examples, T))
-        labels = ids.clone()
-        labels[:, :-L] = -100
-        mask = torch.ones_like(ids)
-        mask[1:, :3] = 0  # not of a single row
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            return model(input_ids=ids, attention_mask=mask, labels=labels).loss
-    return loss
-
-
 @pytest.fixture(scope="session")
 def two_layers(tmp_path_factory) -> str:
     """A folder with the config of a two-layer decoder of 64 positions, where any model will do."""
     folder = tmp_path_factory.mktemp("two-layers")
     as_config(ARCHITECTURES["llama"]()[0], folder)
     return str(folder)
-
-
-def as_config(model, folder) -> None:
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
 
 
 RUNS = [("stt", "train", "fp32", False), ("stt", "train", "bf16", True), ("lora", "freeze", "bf16", False),
@@ -201,12 +175,16 @@ def test_experts_one_after_the_other_are_refused(flags, tmp_path, capsys):
     assert "sends tokens to experts" in capsys.readouterr().err
 
 
-def test_totals_are_those_of_a_run(small, tmp_path, capsys):
-    """train_llm.py on examples of one length writes the same parameters and FLOPs into results.json."""
+@pytest.mark.parametrize(("mode", "kept"), [
+    ("stt", ["--keep_ratio", "0.4"]), ("train_in_place", ["--keep_ratio", "0.4"]),
+    pytest.param("id3", ["--budget", "3001"], marks=pytest.mark.slow)])
+def test_totals_are_those_of_a_run(mode, kept, small, tmp_path, capsys):
+    """train_llm.py on examples of one length writes the same parameters and FLOPs into results.json, and as large a
+    patch."""
     rows = [{"prompt": f"{a} + {b} =", "completion": f" {c}"} for a in (1, 2, 3, 4) for b in (5, 6, 7) for c in (8, 9)]
     path = str(tmp_path / "sums.jsonl")
     Path(path).write_text("\n".join(map(json.dumps, rows)))
-    flags = ["--model", SHIPPED, "--train_file", path, "--eval_file", path, *small[2:], "--keep_ratio", "0.4",
+    flags = ["--model", SHIPPED, "--train_file", path, "--eval_file", path, *small[2:], "--mode", mode, *kept,
              "--no_eval_epochs", "--max_new_tokens", "2"]
     assert small_runs.run(flags, tmp_path) == 0
     results = small_runs.results(tmp_path)
@@ -218,13 +196,16 @@ def test_totals_are_those_of_a_run(small, tmp_path, capsys):
     encoded = encode_all(task.train, tokenizer, 256, False)[0]
     assert len({(len(row["input_ids"]), sum(label != -100 for label in row["labels"])) for row in encoded}) == 1
     capsys.readouterr()
-    found = answer(capsys, SHIPPED, "--keep", "0.4", "--examples", str(len(encoded)), "--epochs", "2",
+    found = answer(capsys, SHIPPED, "--mode", mode, *kept, "--examples", str(len(encoded)), "--epochs", "2",
                    "--max_length", str(len(encoded[0]["input_ids"])), "--active_sample_ratio", "0.5", "--answer_length",
-                   str(sum(label != -100 for label in encoded[0]["labels"])))
+                   str(sum(label != -100 for label in encoded[0]["labels"])))["plans"][0]
     for name in ("dense", "kept", "trained", "trained_without_head"):
-        assert found["plans"][0]["parameters"][name] == results["parameters"][name], name
+        assert found["parameters"][name] == results["parameters"][name], name
     for name in ("training", "selection"):
-        assert found["plans"][0]["flops"][name] == results["flops"][name], name
+        assert found["flops"][name] == results["flops"].get(name), name
+    if found["disk"]:
+        held = load_file(tmp_path / "run" / "patch.safetensors")
+        assert found["disk"]["patch"] == sum(value.nbytes for name, value in held.items() if "/exact" not in name)
 
 
 def test_seconds_and_steps_by_hand(two_layers, capsys):

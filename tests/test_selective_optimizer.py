@@ -13,8 +13,9 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 from stt.errors import InputError, TrainingFailed
 from stt.selection import Selection
+from stt.selective_optimizers import scores
 from stt.selective_optimizers.optimizer import SelectiveOptimizer
-from stt.selective_optimizers.schedules import Static
+from stt.selective_optimizers.schedules import Regrow, Static
 from stt.selective_optimizers.select import select_weights
 from stt.selective_optimizers.wrap import get_selective_optimizer
 
@@ -112,6 +113,30 @@ def test_entry_correction_counts_the_steps_of_every_weight() -> None:
                 tensor.copy_(torch.where(mask, tensor * (1 - lr * decay) - lr * corrected, tensor))
     torch.testing.assert_close(weights(ours), weights(theirs), rtol=0, atol=1e-6)
     assert optimizer.get_budget_used() == 105
+
+
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True, "eps": 1e-3}, {"maximize": True, "betas": (0.8, 0.95)}])
+@pytest.mark.parametrize(("base", "schedule"), [(AdamW, "grow"), (Adam, "grow"), (AdamW, "regrow")])
+def test_one_parameter_trains_as_one_for_every_step_does(base: type[Optimizer], schedule: str,
+                                                         options: dict[str, object],
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that torch counts the steps of: bitwise, with fewer parameters. The rate changes on the way."""
+    def trained() -> tuple[Tensor, int]:
+        model = build()
+        arguments = {"lr": 1e-2, "weight_decay": 0.1, "bias_correction": "entry", **options}
+        optimizer = selective(model, base=base, **arguments) if schedule == "grow" else SelectiveOptimizer(
+            model.named_parameters(), base, Regrow(scores.make("largest"), 3, 10), budget=105, **arguments)
+        for i, batch in enumerate(batches(STEPS)):
+            optimizer.param_groups[0]["lr"] = 1e-2 / (i + 1)
+            train(model, optimizer, [batch])
+        return weights(model), len(optimizer.state_dict()["selective"]["base"]["state"])
+
+    found, parameters = trained()
+    monkeypatch.setattr("stt.selective_optimizers.optimizer.COUNTS", ())
+    expected, many = trained()
+    assert torch.equal(found, expected)
+    assert parameters == 1
+    assert many > 3
 
 
 def test_weight_decay_of_a_group_and_a_rate_that_changes() -> None:

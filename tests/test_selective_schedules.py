@@ -16,6 +16,7 @@ from stt.errors import InputError
 from stt.selective_optimizers import scores
 from stt.selective_optimizers.choose import best, top_entries
 from stt.selective_optimizers.optimizer import SelectiveOptimizer
+from stt.selective_optimizers.patch import Patch
 from stt.selective_optimizers.schedules import SHAPES, Grow, Regrow, Rotate, Schedule
 from stt.selective_optimizers.wrap import get_selective_optimizer
 
@@ -163,8 +164,11 @@ def test_what_blocks_changed_is_told() -> None:
     train(model, optimizer, batches(3))
     assert optimizer.selection(model).keys() == {"0.weight", "0.bias", "3.weight", "3.bias"}
     optimizer.post_train_work()
-    with pytest.raises(InputError, match="compare the model with its base"):
+    with pytest.raises(InputError, match="second copy of the model: take Patch.between"):
         optimizer.patch(model)
+    patch, fresh = Patch.between(build(), model, optimizer.selection(model)), build()
+    patch.apply(fresh)
+    assert torch.equal(weights(fresh), weights(model))
 
 
 def test_wrong_blocks_are_told() -> None:

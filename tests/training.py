@@ -17,6 +17,7 @@ from transformers import TrainerState, TrainingArguments, set_seed
 
 from stt import modes
 from stt.selection import Selection
+from stt.selective_optimizers.trainer import MakeOptimizer
 from stt.sites import find_sites
 from stt.trainers.callbacks import Record
 from stt.trainers.checkpoints import newest, step_of
@@ -74,7 +75,7 @@ def prepared(mode: str = "stt", dropout: float = 0.0, seed: int = 0) -> nn.Modul
 
 def run(folder: Path, resume: bool = False, log: Callable[..., None] | None = None,
         model: nn.Module | None = None, validate: Callable[[], float] | None = None,
-        **changes: object) -> dict[str, Tensor]:
+        make_optimizer: MakeOptimizer | None = None, **changes: object) -> dict[str, Tensor]:
     """What the recipes do: start the run folder, train, and give the weights."""
     record = RunFolder(folder, resume=resume)
     step = step_of(newest(folder)[0]) if resume else 0
@@ -83,7 +84,7 @@ def run(folder: Path, resume: bool = False, log: Callable[..., None] | None = No
     settings = {"save_strategy": "epoch", "save_steps": 0, "save_total_limit": 2, "num_train_epochs": 2} | changes
     set_seed(3)
     train(model, examples(EXAMPLES), PAD, arguments(folder, **settings), log or record.log, validate, resume,
-          record.seconds)
+          record.seconds, make_optimizer=make_optimizer)
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 

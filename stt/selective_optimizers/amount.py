@@ -18,6 +18,11 @@ def weights_in(amount: Amount, total: int) -> int:
     return count
 
 
+def check_amount(amount: Amount) -> None:
+    """Raises InputError for what is neither a number of weights nor a share of them, of whatever model."""
+    _number(amount)
+
+
 def _number(amount: Amount) -> int | float:
     """A count of 1 or more, or a share in (0, 1]."""
     if isinstance(amount, bool) or not isinstance(amount, int | float | str):

@@ -54,10 +54,11 @@ def _promising(score: Tensor, k: int) -> Tensor:
 
 
 def _top(score: Tensor, k: int) -> Tensor:
-    k = min(k, int((score > -torch.inf).sum()))
+    highest = score.topk(min(k, len(score)), sorted=True).values
+    k = int((highest > -torch.inf).sum())
     if k == 0:
         return torch.empty(0, dtype=torch.long, device=score.device)
-    least = score.topk(k, sorted=True).values[-1]
+    least = highest[k - 1]
     above = (score > least).nonzero().flatten()
     ties = (score == least).nonzero().flatten()[:k - len(above)]
     return torch.cat([above, ties]).sort().values

@@ -25,7 +25,7 @@ class Group:
     pools: list[Pool] = field(default_factory=list)
 
 
-def group_of(number: int, group: Mapping[str, object], names: Mapping[int, str], together: bool) -> Group:
+def group_of(number: int, group: Mapping[str, object], names: Mapping[int, str], late: str) -> Group:
     """The tensors of `group` by name: those it came with, else `names` by id, else made-up ones.
 
     Raises InputError for a tensor that holds no real numbers, and for a shard of one.
@@ -41,15 +41,15 @@ def group_of(number: int, group: Mapping[str, object], names: Mapping[int, str],
                              "or stt.attach(model, selection)")
     if group[CHOOSE_ALL]:
         return Group({}, tensors)
-    return Group(tensors, {}, pools_of(tensors, together))
+    return Group(tensors, {}, pools_of(tensors, late))
 
 
-def pools_of(tensors: Mapping[str, Tensor], together: bool) -> list[Pool]:
+def pools_of(tensors: Mapping[str, Tensor], late: str) -> list[Pool]:
     """One for the tensors of every device and dtype."""
     alike: defaultdict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
         alike[tensor.device, tensor.dtype][name] = tensor
-    return [Pool(members, together) for members in alike.values()]
+    return [Pool(members, late) for members in alike.values()]
 
 
 def numbers(tensors: Mapping[str, Tensor]) -> int:

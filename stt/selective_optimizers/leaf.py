@@ -16,15 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from stt.errors import InputError
 from stt.selection import Selection
+from stt.selective_optimizers.deltas import read_units
 from stt.selective_optimizers.in_place import in_place
-from stt.selective_optimizers.patch import Patch
+from stt.selective_optimizers.patch import Patch, buffers_of
 from stt.selective_optimizers.route import LinearOfInputs, LinearOfOutputs, Route
 from stt.selective_optimizers.sharded import whole, write_part
-from stt.selective_optimizers.weights import axis_of, check_fits, is_of_weights, is_whole, named_tensors, read
+from stt.selective_optimizers.weights import axis_of, check_fits, is_of_weights, is_whole, named_tensors, read, write
 
 LEAF = "_selected"  # after the name of a tensor: the module that holds what of it trains
 ATTACHED = "stt_attached"  # attribute of a model
@@ -94,21 +96,31 @@ def attach(model: nn.Module, selection: Selection) -> nn.Module:
     check_fits(selection, tensors)
     if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
         raise InputError("the model is shared out over processes already: stt.attach first, then fully_shard")
-    _check_owners(model, {id(tensors[name]) for name in selection})
     start = {name: read(tensors[name].detach(), axis_of(selection, name), ids).cpu().clone()
              for name, ids in selection.items()}
     before = frozenset(name for name, tensor in tensors.items() if tensor.requires_grad)
+    place(model, {name: (axis_of(selection, name), ids) for name, ids in selection.items()})
+    setattr(model, ATTACHED, Attached(selection, start, before))
+    if isinstance(model, PreTrainedModel):
+        model.tie_weights = functools.partial(_tie_weights, model)
+    model._ddp_params_and_buffers_to_ignore = [name for name, _ in model.named_buffers()  # they never change
+                                               if name.endswith(f"{LEAF}.ids")]
+    return model
+
+
+def place(model: nn.Module, units: Mapping[str, tuple[int | None, Tensor]]) -> None:
+    """Freeze the model but for these units of its tensors, axis and ids by name: a leaf trains them; or the tensor
+    itself, if it is float32 and all of it is selected. Works on the meta device, too. Raises InputError, before
+    anything changes, for a module that cannot do it."""
+    tensors = named_tensors(model)
+    _check_owners(model, {id(tensors[name]) for name in units})
     model.requires_grad_(False)
-    for name, ids in selection.items():
-        tensor, axis = tensors[name], axis_of(selection, name)
+    for name, (axis, ids) in units.items():
+        tensor = tensors[name]
         if is_whole(tensor, axis, ids) and tensor.dtype == torch.promote_types(tensor.dtype, torch.float32):
             tensor.requires_grad_(True)
         else:
             _add_leaf(model, tensor, axis, ids)
-    setattr(model, ATTACHED, Attached(selection, start, before))
-    model._ddp_params_and_buffers_to_ignore = [name for name, _ in model.named_buffers()  # they never change
-                                               if name.endswith(f"{LEAF}.ids")]
-    return model
 
 
 def detach(model: nn.Module) -> Selection:
@@ -127,6 +139,7 @@ def detach(model: nn.Module) -> Selection:
     for name, tensor in model.named_parameters():
         tensor.requires_grad_(name in attached.trained_before)
     delattr(model, ATTACHED)
+    model.__dict__.pop("tie_weights", None)
     del model._ddp_params_and_buffers_to_ignore
     return attached.selection
 
@@ -158,6 +171,43 @@ def patch_of(model: nn.Module, new: Collection[str] = ()) -> Patch:
     values of (a head drawn at random). Raises InputError if no weights are attached."""
     model, attached = _attached(model)
     return Patch.from_values(model, attached.selection, attached.start, trained_values(model), new)
+
+
+def put_patch(model: nn.Module, patch: Patch) -> None:
+    """The opposite of `patch_of`: the attached model as it was when the patch was made, whatever trained since. Tensors
+    of the patch that are not attached are written, too. Raises InputError, before anything changes, for a patch of
+    another model, of other start values, or of other weights than those that are attached."""
+    model, attached = _attached(model)
+    tensors, buffers = own_tensors(model), buffers_of(model)
+    patch.check_shapes(tensors, buffers)
+    for name, ids in attached.selection.items():
+        is_other = axis_of(patch.selection, name) != axis_of(attached.selection, name)
+        if len(ids) and (is_other or not torch.equal(patch.selection.get(name, ids[:0]), ids)):
+            raise InputError(f"the patch is not of the weights of {name} that are attached: attach patch.selection")
+    start = {name: attached.start[name] if name in attached.start else read_units(tensors[name], patch.selection, name)
+             for name in patch.selection}
+    patch.check_start(start)
+    leaves = {id(module.tensor): module for module in model.modules() if isinstance(module, Leaf)}
+    for name, ids in patch.selection.items():
+        leaf, values = leaves.get(id(tensors[name])), patch.values(name, start[name])
+        if leaf is not None:
+            leaf.values.data.copy_(values)
+            leaf.sync()
+        else:
+            write(tensors[name], axis_of(patch.selection, name), ids, values)
+    for name, value in patch.extras.items():
+        buffers[name].copy_(value)
+
+
+def own_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that the model has when no weights of it are attached."""
+    leaves = {id(module.values) for module in model.modules() if isinstance(module, Leaf)}
+    return {name: tensor for name, tensor in named_tensors(model).items() if id(tensor) not in leaves}
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module before weights of it were attached."""
+    return module.__dict__.get("_selected_from", type(module))
 
 
 def _attached(model: nn.Module) -> tuple[nn.Module, Attached]:
@@ -203,7 +253,7 @@ def _add_leaf(model: nn.Module, tensor: nn.Parameter, axis: int | None, ids: Ten
 
 def _read_through(module: nn.Module, attribute: str, leaf: Leaf) -> None:
     """Let `module.attribute` be the tensor with its gradient routed to the leaf, wherever it is read."""
-    plain = module.__dict__.get("_selected_from", type(module))
+    plain = plain_class(module)
     leaves = {**module.__dict__.get("_leaves", {}), attribute: (leaf,)}
     has_rows = plain in (nn.Linear, Conv1D) and "weight" in leaves and leaves["weight"][0].axis is not None
     module.__class__ = _reading(plain, tuple(sorted(leaves)), has_rows)
@@ -215,9 +265,27 @@ def _reading(plain: type[nn.Module], attributes: tuple[str, ...], has_rows: bool
     """A subclass that reads these tensors through their leaves; a linear layer with selected rows or columns multiplies
     only those in its backward pass."""
     body: dict[str, object] = {attribute: property(_through(attribute), _refuse) for attribute in attributes}
+    body |= {"__reduce_ex__": _reduced, "_made_of": (plain, attributes, has_rows)}
     if has_rows:
         body["forward"] = _linear
     return type(plain.__name__, (plain,), body | {"__module__": plain.__module__})
+
+
+def _reduced(self: nn.Module, protocol: int) -> tuple[object, ...]:
+    """For a copy or a pickle: the class is made, and is not found under the name it bears."""
+    return _blank, self._made_of, *nn.Module.__reduce_ex__(self, protocol)[2:]
+
+
+def _blank(plain: type[nn.Module], attributes: tuple[str, ...], has_rows: bool) -> nn.Module:
+    kind = _reading(plain, attributes, has_rows)
+    return kind.__new__(kind)
+
+
+def _tie_weights(model: nn.Module, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
+    """transformers' own, which accelerate calls before it shares a model out, and which needs parameters: that is what
+    is read where nothing is routed."""
+    with torch.no_grad():
+        type(model).tie_weights(model, missing_keys, recompute_mapping)
 
 
 def _through(attribute: str) -> Callable[[nn.Module], Tensor]:

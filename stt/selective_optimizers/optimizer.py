@@ -16,13 +16,14 @@ from torch.optim import Optimizer
 from stt.errors import InputError, TrainingFailed, unknown_name
 from stt.selection import Selection
 from stt.selective_optimizers.amount import Amount
+from stt.selective_optimizers.by_entry import COUNTS, step_by_entry
 from stt.selective_optimizers.choose import best
 from stt.selective_optimizers.deltas import digest, read_units
 from stt.selective_optimizers.elementwise import check_elementwise
 from stt.selective_optimizers.gradients import Catcher, Dense, Kept, choose, dense, is_finite
 from stt.selective_optimizers.grouping import CHOOSE_ALL, Group, budget_of, group_of, numbers
 from stt.selective_optimizers.patch import Patch
-from stt.selective_optimizers.pool import Pool
+from stt.selective_optimizers.pool import APART, ENTRY, GLOBAL, Pool
 from stt.selective_optimizers.schedules import Schedule
 from stt.selective_optimizers.weights import all_of, named_tensors, selection_of, write
 
@@ -30,9 +31,9 @@ logger = logging.getLogger(__name__)
 
 OURS = ("params", "param_names", CHOOSE_ALL)  # keys of a parameter group that are not the base optimizer's
 STATE = "selective"  # key in the state dict
-OWN = ("budget", "schedule", "max_grad_norm", "_base", "_arguments", "_together", "_groups", "_trainer",
+OWN = ("budget", "schedule", "max_grad_norm", "_base", "_arguments", "_late", "_groups", "_trainer",
        "_candidates", "_whole", "_start_of_whole", "_digests", "_catcher")  # attributes that a copy needs, too
-CORRECTIONS = ("global", "entry")
+CORRECTIONS = (GLOBAL, ENTRY)
 GATHERS = ("step", "backward")
 PASSES = ("there were more backward passes before a step than accumulation_steps= says, and the schedule chooses by "
           "their sum: say how many, or take gather=\"step\"")
@@ -61,12 +62,12 @@ class SelectiveOptimizer(Optimizer):
         _check(bias_correction, gather, accumulation_steps, arguments)
         self.schedule, self.max_grad_norm = schedule, max_grad_norm
         self._base, self._arguments = base, arguments
-        self._together = schedule.grows and bias_correction == "global"
+        self._late = APART if not schedule.grows or bias_correction == ENTRY and base not in COUNTS else bias_correction
         names = {id(tensor): name for name, tensor in named_tensors(model).items()} if model is not None else {}
         self._groups: list[Group] | None = None  # not built yet
         super().__init__(params, {**base([nn.Parameter(torch.zeros(1, 1))], **arguments).defaults, CHOOSE_ALL: False})
         check_elementwise(base, arguments, self.param_groups[0]["params"][0].device)
-        groups = [group_of(i, group, names, self._together) for i, group in enumerate(self.param_groups)]
+        groups = [group_of(i, group, names, self._late) for i, group in enumerate(self.param_groups)]
         self.budget = budget_of(budget, groups, schedule.grows)
         self._take(groups)
         self._trainer = self._new_trainer()
@@ -120,6 +121,7 @@ class SelectiveOptimizer(Optimizer):
             nn.utils.clip_grad_norm_([p for group in self._trainer.param_groups for p in group["params"]],
                                      self.max_grad_norm)
         self._share(self.param_groups, self._trainer.param_groups)
+        step_by_entry(self._trainer)
         self._trainer.step()
         self._share(self._trainer.param_groups, self.param_groups)  # some optimizers count in their groups
         for pool in self._pools:
@@ -193,7 +195,8 @@ class SelectiveOptimizer(Optimizer):
         Raises InputError for blocks that trained in turn: what they started from is not kept."""
         ours = self._ours(named_tensors(model))
         if self.schedule.visited(self._candidates):
-            raise InputError("where the blocks of this optimizer started is not kept: compare the model with its base")
+            raise InputError("what the blocks of this optimizer started from is not kept, as it would be a second copy "
+                             "of the model: take Patch.between(base, model, optimizer.selection(model))")
         start = self._start_of_whole | {name: value.cpu() for pool in self._pools
                                         for name, value in pool.by_tensor(pool.start).items() if len(value)}
         return {model_name: start[name] for model_name, name in ours.items() if name in start}
@@ -276,7 +279,7 @@ class SelectiveOptimizer(Optimizer):
         if getattr(self, "_groups", None) is None:
             return super().add_param_group(param_group)
         super().add_param_group(param_group)
-        added = group_of(len(self._groups), self.param_groups[-1], {}, self._together)
+        added = group_of(len(self._groups), self.param_groups[-1], {}, self._late)
         reason = self._why_not(added)
         if reason:
             self.param_groups.pop()

@@ -101,9 +101,7 @@ class Patch:
             _check_same_shape(name, before, after[name])
             start[name] = read_units(before[name], selection, name)
         held, moved = (base if isinstance(base, Mapping) else buffers_of(base)), buffers_of(tuned)
-        extras = {name: value for name, value in moved.items()
-                  if name not in held or not same_bits(held[name], value)}
-        return cls.from_values(tuned, selection, start, trained, new, extras)
+        return cls.from_values(tuned, selection, start, trained, new, differing(held, moved))
 
     # ------------------------------------------------------------ putting it on a model
 
@@ -119,18 +117,17 @@ class Patch:
         tensors, buffers = named_tensors(model), buffers_of(model)
         self.check_shapes(tensors, buffers)
         before = {name: read_units(tensors[name], self.selection, name).cpu() for name in self.deltas}
-        for name, checks in self.starts.items():
-            _check_start(name, before[name], axis_of(self.selection, name), checks)
+        self.check_start(before)
         held = {name: buffers[name].cpu().clone() for name in self.extras}
         for name, value in before.items():
-            write(tensors[name], axis_of(self.selection, name), self.selection[name], self._values(name, value, scale))
+            write(tensors[name], axis_of(self.selection, name), self.selection[name], self.values(name, value, scale))
         for name, value in held.items():
             buffers[name].copy_(blended(value, self.extras[name], scale))
         written = {name: digest(read_units(tensors[name], self.selection, name)) for name in before}
         return Applied(model, self.selection, before, held, written)
 
-    def _values(self, name: str, start: Tensor, scale: float) -> Tensor:
-        """What the selected weights of a tensor become."""
+    def values(self, name: str, start: Tensor, scale: float = 1.0) -> Tensor:
+        """What the selected weights of a tensor become if they hold `start`; float32 or wider."""
         if name in self.new:
             start, scale = torch.zeros_like(start), 1.0
         delta = self.deltas[name]
@@ -154,6 +151,11 @@ class Patch:
             if name not in buffers or buffers[name].shape != value.shape:
                 raise InputError(f"the patch holds a buffer {name!r} of shape {tuple(value.shape)}, which this model "
                                  "does not have: give the model it was trained from")
+
+    def check_start(self, start: Tensors) -> None:
+        """Raises InputError, naming the tensor, if the base model's values where the patch lies are not these."""
+        for name, checks in self.starts.items():
+            _check_start(name, start[name], axis_of(self.selection, name), checks)
 
     # ------------------------------------------------------------ several, and the file
 
@@ -206,6 +208,11 @@ def buffers_of(model: nn.Module) -> dict[str, Tensor]:
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return {name: value for name, value in model.state_dict().items()
             if name not in parameters and isinstance(value, Tensor)}
+
+
+def differing(before: Tensors, after: Tensors) -> dict[str, Tensor]:
+    """Those of `after` that are not, to the last bit, what `before` has under their names."""
+    return {name: value for name, value in after.items() if name not in before or not same_bits(before[name], value)}
 
 
 def statistics_of(model: nn.Module) -> dict[str, Tensor]:

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from stt.errors import InputError
+from stt.selective_optimizers.by_entry import FRESH
 from stt.selective_optimizers.weights import read, write
 
 # Shapes: n entries of a pool, k entries of one tensor.
 
+GLOBAL, ENTRY, APART = "global", "entry", "apart"  # how a late entry joins
 State = MutableMapping[Tensor, dict[str, object]]  # of the base optimizer
 
 
@@ -26,12 +28,13 @@ class Gradient(Protocol):
 class Pool:
     """Entries of tensors of one parameter group, one device and one dtype; float32 or wider, whatever that dtype.
 
-    An entry's place in the vectors is in the order of choosing. What is chosen together is one parameter (a cohort), so
-    that the base optimizer counts its steps from then on; with `together` all entries are one parameter, and a late one
-    takes over the state of an entry that has only seen gradients of 0: that of `blank`, which trains beside them.
+    An entry's place in the vectors is in the order of choosing. `late` says how one joins that is chosen after others:
+    APART, what is chosen together is one parameter (a cohort), whose steps the base optimizer counts from then on;
+    else all are one parameter. As in GLOBAL it takes over the state of an entry that has only seen gradients of 0: that
+    of `blank`, which trains beside them. As in ENTRY its state begins at 0, and so does its step count (by_entry.py).
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], together: bool):
+    def __init__(self, tensors: Mapping[str, Tensor], late: str):
         self.tensors = dict(tensors)
         some = next(iter(self.tensors.values()))
         self.device, self.stored = some.device, some.dtype
@@ -40,7 +43,8 @@ class Pool:
         self.order: Tensor | None = None  # (n,) places of the entries, by tensor and id; None: as they are
         self.start = torch.empty(0, dtype=self.stored, device=self.device)  # (n,) values when they were chosen
         self.cohorts: list[nn.Parameter] = []
-        self.blank = self._parameter(torch.zeros(1)) if together else None
+        self.late = late
+        self.blank = self._parameter(torch.zeros(1)) if late == GLOBAL else None
 
     def __len__(self) -> int:
         return len(self.start)
@@ -100,10 +104,11 @@ class Pool:
         offsets = self._offsets()
         keys = torch.cat([self._keys(), *(ids + offsets[name] for name, ids in new.items())])
         self.start = torch.cat([self.start, values])
-        if self.blank is None or not self.cohorts:
-            self.cohorts.append(self._parameter(values[:0] if self.blank is not None else values))
-        if self.blank is not None:
-            _extend(self.cohorts[0], values.to(self.dtype), self.blank, state)
+        if self.late == APART:
+            self.cohorts.append(self._parameter(values))
+        else:
+            self.cohorts = self.cohorts or [self._parameter(values[:0])]
+            _extend(self.cohorts[0], values.to(self.dtype), self._state_of_late(state), state)
         self._arrange(keys)
 
     def drop(self, dropped: Mapping[str, Tensor], state: State) -> None:
@@ -152,6 +157,13 @@ class Pool:
         self.cohorts = [self._parameter(values) for values in state["values"]]
         self.blank = None if self.blank is None else self._parameter(torch.zeros(1))
 
+    def _state_of_late(self, state: State) -> dict[str, object]:
+        """What an entry begins with that is chosen now."""
+        if self.blank is not None:
+            return state.get(self.blank, {})
+        zero = torch.zeros(1, dtype=self.dtype, device=self.device)
+        return dict.fromkeys([*FRESH, *state.get(self.cohorts[0], {})], zero)
+
     # ------------------------------------------------------------ places
 
     def _parameter(self, values: Tensor) -> nn.Parameter:
@@ -191,11 +203,12 @@ class Pool:
         self.ids = {name: piece - offset for (name, offset), piece in zip(offsets.items(), pieces, strict=True)}
 
 
-def _extend(cohort: nn.Parameter, values: Tensor, blank: nn.Parameter, state: State) -> None:
-    """Add entries to a parameter, with the state of `blank`: what of it is one number per entry is repeated."""
+def _extend(cohort: nn.Parameter, values: Tensor, given: Mapping[str, object], state: State) -> None:
+    """Add entries to a parameter, with the state that is `given` of one: what of it is a number per entry is repeated.
+    """
     own = state.get(cohort, {})
-    for name, value in state.get(blank, {}).items():
-        if isinstance(value, Tensor) and value.shape == blank.shape:
+    for name, value in given.items():
+        if isinstance(value, Tensor) and value.shape == (1,):
             more = value.expand(len(values))
             own[name] = torch.cat([own[name], more]) if name in own else more.clone()
         elif name not in own:

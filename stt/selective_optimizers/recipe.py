@@ -14,14 +14,13 @@ from stt.selective_optimizers.amount import weights_in
 from stt.selective_optimizers.in_place import in_place
 from stt.selective_optimizers.leaf import attach, detach
 from stt.selective_optimizers.patch import Patch
+from stt.selective_optimizers.progress import changed
 from stt.selective_optimizers.select import select_weights
-from stt.selective_optimizers.weights import axis_of, is_of_weights, named_tensors, read, sizes, with_whole
+from stt.selective_optimizers.weights import is_of_weights, named_tensors, sizes, with_whole
 from stt.surgery import head_parameters, train_only, untie_head
 
 if TYPE_CHECKING:
     from stt.selective_optimizers.optimizer import SelectiveOptimizer
-
-PATCH = "patch.safetensors"  # in a run folder: what was trained, and by how much
 
 
 def choose(model: nn.Module, score: str, args: RunArgs) -> Selection:
@@ -97,10 +96,7 @@ def finished(model: nn.Module, growing: Growing | None, new: Collection[str] = (
     else:
         start, selection = growing.optimizer.start_values(model), growing.optimizer.selection(model)
         growing.tensors = described(selection, model)
-    tensors = named_tensors(model)
-    selection = with_whole(selection, tensors, [name for name in new if name not in selection])
-    trained = {name: read(tensors[name].detach(), axis_of(selection, name), ids) for name, ids in selection.items()}
-    return Patch.from_values(model, selection, {**trained, **start}, trained, new)
+    return changed(model, selection, start, new)
 
 
 def described(selection: Selection, model: nn.Module) -> list[dict[str, object]]:

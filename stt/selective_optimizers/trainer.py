@@ -37,5 +37,10 @@ class SelectiveTrainerMixin:
         return super()._prepare_for_training(max_steps, *args)
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | None:
+        return super()._clip_grad_norm(model) if self.selective is None else None
+
+    @property
+    def selective(self) -> SelectiveOptimizer | None:
+        """The optimizer, if it is one that chooses weights."""
         inner = self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
-        return None if isinstance(inner, SelectiveOptimizer) else super()._clip_grad_norm(model)
+        return inner if isinstance(inner, SelectiveOptimizer) else None

@@ -9,7 +9,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.utils import ModelOutput
 
 from stt.dataset.classification.encode import Encoder
-from stt.surgery import override_forward, restore_forward
+from stt.surgery import head_parameters, override_forward, restore_forward
 from stt.trainers import loop
 from stt.trainers.shard import trainable
 
@@ -41,11 +41,12 @@ def _forward(model: nn.Module, labels: Tensor | None = None, num_items_in_batch:
 def train(model: nn.Module, encoder: Encoder, rows: Sequence[object], arguments: TrainingArguments,
           log: Callable[..., None], validate: Callable[[], float] | None = None, resume: bool = False,
           seconds_before: float = 0.0, make_optimizer: loop.MakeOptimizer | None = None) -> TrainerState:
-    """`loop.train` with `classification_loss`; afterwards the model's forward is its own again."""
+    """`loop.train` with `classification_loss`, of a model with a new head; afterwards the model's forward is its own
+    again."""
     with trainable(model, arguments) as trained:
         with_loss(trained)
         try:
             return loop.train(trained, rows, encoder.batch, arguments, log, validate, resume, seconds_before,
-                              make_optimizer)
+                              make_optimizer, head_parameters(trained))
         finally:
             restore_forward(trained)

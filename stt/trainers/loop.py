@@ -8,7 +8,7 @@ import json
 import logging
 import pickle
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,6 +24,8 @@ from transformers.trainer_utils import unwrap_peft_model
 from stt import stopping
 from stt.arguments import RunArgs
 from stt.errors import InputError, TrainingFailed
+from stt.selective_optimizers.patch import Patch
+from stt.selective_optimizers.progress import PATCH, Progress
 from stt.selective_optimizers.trainer import MakeOptimizer, SelectiveTrainerMixin
 from stt.trainers import checkpoints, memory, shard
 from stt.trainers.callbacks import Bar, Record, Saving, any_rank, ends_epoch, failure, last_good
@@ -37,10 +39,13 @@ PROGRESS = "stt_state.json"  # in a checkpoint: what goes on with it besides Tra
 
 class RecordedTrainer(SelectiveTrainerMixin, Trainer):
     """Trainer with these differences: `evaluate` measures what `validate()` returns; a loss that is no number ends the
-    training; checkpoints are sealed (stt/trainers/checkpoints.py); a batch that does not fit is trained in parts."""
+    training; checkpoints are sealed (stt/trainers/checkpoints.py), and hold a patch of a model of which a part trains
+    in place; a batch that does not fit is trained in parts."""
 
-    def __init__(self, *args: object, validate: Callable[[], float] | None = None, **kwargs: object):
+    def __init__(self, *args: object, validate: Callable[[], float] | None = None, new: Collection[str] = (),
+                 **kwargs: object):
         super().__init__(*args, **kwargs)
+        self._in_place = Progress(self.model, new)
         self.validate = validate
         if "forward" not in vars(unwrap_peft_model(self.model)):  # else chunked_loss: it divides by the batch's tokens
             self.model_accepts_loss_kwargs = False  # Trainer would believe that BERT divides by the batch's examples
@@ -132,7 +137,10 @@ class RecordedTrainer(SelectiveTrainerMixin, Trainer):
         wrong = checkpoints.fault(best)
         if wrong:
             raise TrainingFailed(f"the best epoch's {best} is damaged ({wrong}); start again with --overwrite")
-        super()._load_best_model()
+        if (best / PATCH).is_file():
+            self._in_place.go_back(Patch.load(best / PATCH), self.selective)
+        else:
+            super()._load_best_model()
 
     # ------------------------------------------------------------ checkpoints
 
@@ -158,11 +166,29 @@ class RecordedTrainer(SelectiveTrainerMixin, Trainer):
                 checkpoints.clear(self.folder)
 
     def _seal(self, staged: Path, target: Path, progress: Mapping[str, object]) -> None:
-        (staged / "training_args.bin").unlink()  # a pickle, which nobody reads
+        (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody reads
         (staged / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
         checkpoints.seal(staged, target)
         best = self.state.best_model_checkpoint
         checkpoints.retire(target, self.args.save_total_limit, Path(best) if best else None)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if self.is_fsdp_enabled or not self._in_place.is_part(self.selective):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            self._in_place.patch(self.selective).save(Path(output_dir) / PATCH)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        file = Path(resume_from_checkpoint) / PATCH
+        if not file.is_file():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        try:
+            self._in_place.go_back(Patch.load(file), None)
+        except InputError as error:
+            raise InputError(f"{file.parent} was trained from another model ({error}): start again with --overwrite"
+                             ) from error
 
     @contextlib.contextmanager
     def _saving_in(self, staging: Path) -> Iterator[None]:
@@ -243,9 +269,10 @@ def training_arguments(args: RunArgs, folder: Path, device: torch.device,
 def train(model: nn.Module, rows: Sequence[object], collate: Callable[[Sequence[object]], dict[str, Tensor]],
           arguments: TrainingArguments, log: Callable[..., None], validate: Callable[[], float] | None = None,
           resume: bool = False, seconds_before: float = 0.0,
-          make_optimizer: MakeOptimizer | None = None) -> TrainerState:
+          make_optimizer: MakeOptimizer | None = None, new: Collection[str] = ()) -> TrainerState:
     """Train what requires gradients on `rows`, batched by `collate`; the state after the last step. `seconds_before`
-    were spent before a resumption. `make_optimizer` takes the place of AdamW.
+    were spent before a resumption. `make_optimizer` takes the place of AdamW. `new` names tensors that were drawn at
+    random, and that are another time drawn otherwise.
 
     A stop that is asked for (stt/stopping.py) ends the process after the step and its checkpoint. Raises TrainingFailed
     for a loss or gradient that is not a number, for too little memory and for a checkpoint that cannot be written, and
@@ -257,7 +284,7 @@ def train(model: nn.Module, rows: Sequence[object], collate: Callable[[Sequence[
     try:
         trainer = RecordedTrainer(model=model, args=arguments, train_dataset=list(rows), data_collator=collate,
                                   eval_dataset=[] if validate else None, validate=validate,
-                                  make_optimizer=make_optimizer,
+                                  make_optimizer=make_optimizer, new=new,
                                   callbacks=[Record(log, seconds_before), Saving()])
         trainer.remove_callback(PrinterCallback)
         if trainer.pop_callback(ProgressCallback):

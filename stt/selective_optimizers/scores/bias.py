@@ -16,9 +16,12 @@ class Bias(WeightScore):
 
     include_norm: bool = False
 
+    def takes(self, name: str, tensor: Tensor) -> bool:
+        """Whether the tensor's weights can be chosen."""
+        return name.endswith("bias") or (self.include_norm and tensor.dim() == 1)
+
     def result(self, name: str, tensor: Tensor, seen: Seen) -> Tensor:
-        is_chosen = name.endswith("bias") or (self.include_norm and tensor.dim() == 1)
-        return torch.full_like(tensor, 0.0 if is_chosen else -torch.inf)
+        return torch.full_like(tensor, 0.0 if self.takes(name, tensor) else -torch.inf)
 
 
 make = Bias
