@@ -53,5 +53,10 @@ class SelectiveTrainerMixin:
     @property
     def selective(self) -> SelectiveOptimizer | None:
         """The optimizer, if it is one that chooses weights."""
-        inner = self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
-        return inner if isinstance(inner, SelectiveOptimizer) else None
+        return selective_in(self.optimizer)
+
+
+def selective_in(optimizer: torch.optim.Optimizer | None) -> SelectiveOptimizer | None:
+    """An optimizer that chooses weights, or the one that accelerate has put its own around."""
+    inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    return inner if isinstance(inner, SelectiveOptimizer) else None
