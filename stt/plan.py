@@ -22,7 +22,7 @@ from stt.discover import discover
 from stt.errors import InputError
 from stt.loading import on_meta
 from stt.plan_arguments import PlanArgs
-from stt.plan_in_place import Chosen
+from stt.plan_in_place import SCORES, Chosen
 from stt.plan_step import Batch, selection_flops, step_bytes, step_flops
 from stt.recipe import kept_fraction
 from stt.selecting import select
@@ -73,7 +73,7 @@ def planned(args: PlanArgs) -> dict[str, object]:
     selections = _selections(dense, args)
     plans = [_plan(dense, selection, args, selecting, tflops) for selection in selections]
     return {"model": args.model, "architecture": type(dense).__name__, "arguments": asdict(args), "tflops": tflops,
-            "steps": args.rows and args.epochs * -(-args.rows // (args.gpus * args.train_batch)),
+            "steps": args.steps,
             "plans": [asdict(plan) for plan in plans], "cards": _cards(dense, selections[-1], args, plans[-1].peak)}
 
 
@@ -174,9 +174,10 @@ def _memory(model: PreTrainedModel, chosen: Chosen | None, args: PlanArgs) -> di
     """Bytes of one GPU in a training step of the prepared model, which is of no other use afterwards."""
     parts = args.gpus if args.shard else 1
     weights = list(model.parameters())
-    trained = [parameter for parameter in weights if parameter.requires_grad]
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    passing = chosen.passing(trained) if chosen and args.gpus == 1 else set()
     memory = {"weights": sum(shard_bytes(p, parts) for p in weights),
-              "gradients": sum(shard_bytes(p, parts) for p in trained)}
+              "gradients": sum(shard_bytes(p, parts) for name, p in trained.items() if name not in passing)}
     memory |= {"optimizer": chosen.state_bytes() if chosen else ADAMW_STATE * memory["gradients"],
                "chosen": chosen.held_bytes(model) if chosen else 0, "communication": 0}
     if args.shard:
@@ -184,10 +185,12 @@ def _memory(model: PreTrainedModel, chosen: Chosen | None, args: PlanArgs) -> di
     elif args.gpus > 1:
         memory["communication"] = memory["gradients"]  # DDP adds gradients up in buckets of its own
     buffers = sum(buffer.nbytes for buffer in plan_in_place.own_buffers(model))
-    held = step_bytes(model, _batch(args), _compute_dtype(args), keeps_gradients=not args.shard)
+    passing = trained.keys() if args.shard else passing
+    held = step_bytes(model, _batch(args), _compute_dtype(args), passing, 0 if args.shard else SCORES)
     worst = held.peak + (memory["gradients"] if args.shard else 0)
     if chosen and chosen.grows:
-        worst = max(worst, memory["gradients"] + chosen.choosing_bytes())
+        worst = max(worst, memory["gradients"] + (chosen.taken_bytes(args.steps) if passing else chosen.scoring_bytes())
+                    + chosen.choosing_bytes())
     always = sum(memory[name] for name in ("weights", "optimizer", "chosen", "communication"))
     return memory | {"activations": held.saved, "peak": always + buffers + worst}
 

@@ -144,3 +144,8 @@ class PlanArgs:
     def rows(self) -> int | None:
         """Training examples; None = not given."""
         return -(-self.tokens // self.max_length) if self.tokens else self.examples
+
+    @property
+    def steps(self) -> int | None:
+        """Of the optimizer; None if the number of examples is not given."""
+        return self.rows and self.epochs * -(-self.rows // (self.gpus * self.train_batch))

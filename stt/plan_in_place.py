@@ -6,7 +6,7 @@ neurons are known, and single weights are shared out in proportion to the tensor
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -82,12 +82,26 @@ class Chosen:
         ids = sum(leaf.ids.nbytes for leaf in model.modules() if isinstance(leaf, Leaf))
         return ids + (POOL * self.outside_head if self.grows else 0)
 
+    def passing(self, trained: Iterable[str]) -> set[str]:
+        """Those of the trained tensors whose gradients an optimizer that chooses lets go, in one process."""
+        return {name for name in trained if self.grows and name not in self.heads}
+
     def choosing_bytes(self) -> int:
-        """The most that one step of an optimizer that chooses needs at a time, beside gradients and what it holds: the
-        scores of a tensor, its chosen weights in a new order, or the square roots in AdamW's step."""
+        """What one step of an optimizer that chooses needs at a time, beside gradients and what it holds: for the
+        chosen weights in a new order, or the square roots in AdamW's step."""
+        return max(SORTING * self.outside_head, VALUE * self.trained)
+
+    def taken_bytes(self, steps: int | None) -> int:
+        """What is taken of gradients that are gone: of the chosen weights, and of as many others of every tensor as the
+        step chooses of all (few where it is not known of how many `steps`)."""
+        new = -(-self.outside_head // steps) if steps else 0
+        candidates = sum(min(size, new) for name, size in self.sizes.items() if name not in self.heads)
+        return (PLACE + VALUE) * (self.outside_head + 2 * candidates)
+
+    def scoring_bytes(self) -> int:
+        """What the scores of a tensor need, where the gradients of all are there."""
         sizes = [size for name, size in self.sizes.items() if name not in self.heads]
-        scoring = max(SCORES * size + SCORES // 2 * before for before, size in itertools.pairwise([0, *sizes]))
-        return max(scoring, SORTING * self.outside_head, VALUE * self.trained)
+        return max(SCORES * size + SCORES // 2 * before for before, size in itertools.pairwise([0, *sizes]))
 
 
 def chosen(model: nn.Module, mode: Mode, selection: Selection | None, args: PlanArgs) -> Chosen:

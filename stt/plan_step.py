@@ -6,7 +6,7 @@ blocks included, as the CPU would and computes only shapes. That takes seconds f
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
@@ -71,18 +71,18 @@ def step_flops(model: PreTrainedModel, batch: Batch, autocast_dtype: torch.dtype
 
 
 def step_bytes(model: PreTrainedModel, batch: Batch, autocast_dtype: torch.dtype | None,
-               keeps_gradients: bool = True) -> Held:
+               passing: Collection[str] = (), scores: int = 0) -> Held:
     """What a training step holds; `model` as above.
 
-    Without `keeps_gradients` a gradient is gone as soon as it is there: sharded training keeps its part elsewhere.
+    Gradients of the parameters `passing` are gone as soon as they are there, after `scores` bytes for each of their
+    numbers: sharded training keeps its part elsewhere, and an optimizer that chooses takes what it needs.
     """
     head = _head_of_chunks(model)
     with _without_data(model.train()):
         loss = _loss(model, batch, head, autocast_dtype)
         owned = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-        if not keeps_gradients:
-            for parameter in (p for p in model.parameters() if p.requires_grad):
-                parameter.register_post_accumulate_grad_hook(_forget)
+        for parameter in (parameter for name, parameter in model.named_parameters() if name in passing):
+            parameter.register_post_accumulate_grad_hook(lambda one: _pass(one, scores))
         saved = _Saved(owned)
         with _Alive(owned) as alive:
             with saved.hooks():
@@ -112,7 +112,8 @@ def _end(module: nn.Module, args: tuple) -> None:
     raise Done
 
 
-def _forget(parameter: Tensor) -> None:
+def _pass(parameter: Tensor, scores: int) -> None:
+    torch.empty(scores * parameter.numel(), dtype=torch.uint8, device=parameter.device)
     parameter.grad = None
 
 

@@ -16,6 +16,7 @@ from two_processes import in_two
 
 from stt.errors import InputError
 from stt.selective_optimizers.optimizer import SelectiveOptimizer
+from stt.selective_optimizers.trainer import SelectiveTrainerMixin
 from stt.selective_optimizers.wrap import get_selective_optimizer
 
 STEPS = 10
@@ -72,6 +73,28 @@ def test_trainer_builds_it_with_a_weight_decay(tmp_path: Path) -> None:
                   optimizer_cls_and_kwargs=(kind, {"lr": 1e-2, "budget": BUDGET, "max_steps": STEPS}))
     run.train()
     assert int((weights(model) != weights(decoder())).sum()) == BUDGET
+
+
+def test_trainer_says_of_how_many_passes_a_step_is(tmp_path: Path) -> None:
+    """Of three, and of one where the epoch ends: ten batches. Bit for bit as with all gradients at once."""
+    class SelectiveTrainer(SelectiveTrainerMixin, Trainer):
+        pass
+
+    found = []
+    for gather in ("step", "backward"):
+        model, most = decoder(), []
+        run = SelectiveTrainer(
+            model, settings(tmp_path, gradient_accumulation_steps=3, max_grad_norm=0.1), train_dataset=rows(),
+            make_optimizer=lambda model, steps, gather=gather: get_selective_optimizer(AdamW, "id3")(
+                model.parameters(), lr=1e-2, budget=BUDGET, max_steps=steps, gather=gather))
+        before = run.training_step
+        run.training_step = lambda *args, before=before, most=most, model=model: (
+            before(*args), most.append(sum(p.grad is not None for p in model.parameters())))[0]
+        run.train()
+        found.append(weights(model))
+        assert most[2::10] == [0 if gather == "backward" else len(list(model.parameters()))] * len(most[2::10])
+    assert torch.equal(*found)
+    assert int((found[0] != weights(decoder())).sum()) == BUDGET
 
 
 def in_a_process(rank: int) -> dict[str, object]:

@@ -8,11 +8,13 @@ import tiny
 import torch
 from tiny_text import build_decoder
 from torch import nn
+from torch.optim import AdamW
 from training import PAD, arguments, examples
 from transformers import default_data_collator
 
 from stt.errors import InputError, TrainingFailed
 from stt.loss import chunked_loss
+from stt.selective_optimizers.wrap import get_selective_optimizer
 from stt.trainers import loop, memory
 from stt.trainers.loop import check_trained_dtype
 from stt.trainers.sft import collate, train
@@ -235,6 +237,33 @@ def test_out_of_memory_within_the_backward_pass(tmp_path):
         weights.append([p.detach().clone() for p in model.parameters()])
     for one, other in zip(*weights, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("gather", ["backward", "step"])
+def test_out_of_memory_while_weights_are_chosen(gather, tmp_path, monkeypatch):
+    """The optimizer that takes gradients in the backward pass is told of the additional passes; 3 updates, the last of
+    one micro-batch."""
+    trained = []
+    for limit in (8, 3):
+        fits(limit, monkeypatch, from_step=1)
+        model = tiny_model()
+        train(model, examples(40), PAD, arguments(tmp_path, per_device_train_batch_size=8,
+                                                  gradient_accumulation_steps=2, num_train_epochs=1),
+              lambda **_: None, make_optimizer=lambda model, steps: get_selective_optimizer(AdamW, "id3")(
+                  model.parameters(), lr=1e-3, budget=301, max_steps=steps, gather=gather))
+        trained.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert int((trained[0] != torch.cat([p.detach().flatten() for p in tiny_model().parameters()])).sum()) == 301
+    torch.testing.assert_close(*trained, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("gather", ["backward", "step"])
+def test_a_gradient_that_is_no_number_ends_the_choosing_of_weights(gather, tmp_path):
+    model = tiny_model()
+    model.model.layers[0].mlp.down_proj.weight.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(TrainingFailed, match="the gradient became NaN or infinite at step 1"):
+        train(model, examples(4), PAD, arguments(tmp_path), lambda **_: None,
+              make_optimizer=lambda model, steps: get_selective_optimizer(AdamW, "id3")(
+                  model.parameters(), lr=1e-3, budget=301, max_steps=steps, gather=gather))
 
 
 def test_one_example_that_does_not_fit_ends_the_training(tmp_path, monkeypatch):

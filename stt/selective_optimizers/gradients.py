@@ -122,14 +122,15 @@ class Catcher:
     def __init__(self, tensors: Mapping[str, nn.Parameter], passes: int,
                  keep: Callable[[str, Tensor, Kept | None], Kept | None]):
         self.kept: dict[str, Kept] = {}
-        self._keep, self._passes, self._count = keep, passes, dict.fromkeys(tensors, 0)
+        self.passes = passes
+        self._keep, self._count = keep, dict.fromkeys(tensors, 0)
         me = weakref.ref(self)  # the tensors do not keep a discarded optimizer alive, nor does it act on them
         self.handles: list[RemovableHandle] = [tensor.register_post_accumulate_grad_hook(_caught_by(me, name))
                                                for name, tensor in tensors.items()]
 
     def catch(self, name: str, tensor: Tensor) -> None:
         self._count[name] += 1
-        if self._count[name] % self._passes == 0:
+        if self._count[name] % self.passes == 0:
             kept = self._keep(name, tensor, self.kept.get(name))
             if kept is not None:
                 self.kept[name], tensor.grad = kept, None

@@ -103,6 +103,17 @@ class SelectiveOptimizer(Optimizer):
             self._catcher.clear()
         return loss
 
+    def kept_gradients(self) -> list[Tensor]:
+        """What was taken of gradients that are gone, for the step to come."""
+        return [kept.sample for kept in self._catcher.kept.values()] if self._catcher is not None else []
+
+    def announce(self, passes: int) -> None:
+        """Begin a step whose gradients are those of so many backward passes, for this step in place of
+        `accumulation_steps`; what was taken of earlier ones is forgotten."""
+        if self._catcher is not None:
+            self._catcher.clear()
+            self._catcher.passes = passes if self.schedule.grows else 1
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
         if self._catcher is not None:

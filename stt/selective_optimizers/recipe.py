@@ -18,6 +18,7 @@ from stt.selective_optimizers.progress import changed
 from stt.selective_optimizers.select import select_weights
 from stt.selective_optimizers.weights import is_of_weights, named_tensors, sizes, with_whole
 from stt.surgery import head_parameters, train_only, untie_head
+from util import ranks
 
 if TYPE_CHECKING:
     from stt.selective_optimizers.optimizer import SelectiveOptimizer
@@ -62,7 +63,7 @@ class Growing:
         kind = get_selective_optimizer(torch.optim.AdamW, "id3")
         self.optimizer = kind(groups, lr=args.lr, weight_decay=args.wd, budget=self._budget(model) + _count(head),
                               max_steps=steps, exp=args.d3_exp, eps=args.d3_eps,
-                              bias_correction=args.bias_correction)
+                              bias_correction=args.bias_correction, gather=gathering(args))
         return self.optimizer
 
     def counts(self, model: nn.Module) -> dict[str, int]:
@@ -73,6 +74,12 @@ class Growing:
     def _budget(self, model: nn.Module) -> int:
         """Of the body; a share is one of the whole model, as for weights that are chosen at once."""
         return weights_in(self.args.budget, _count(model.parameters()))
+
+
+def gathering(args: RunArgs) -> str:
+    """When the optimizer takes the gradients: as soon as they are there, unless they must be added up over processes or
+    unscaled first."""
+    return "step" if ranks.world() > 1 or args.precision == "fp16" else "backward"
 
 
 def _split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -1,7 +1,7 @@
 """Selective optimizers in transformers.Trainer and its subclasses."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -18,7 +18,8 @@ class SelectiveTrainerMixin:
 
     `make_optimizer` gives Trainer the optimizer once the number of steps is known, which ID3 shares its budget over. A
     SelectiveOptimizer without a `max_grad_norm` of its own clips to that of the TrainingArguments, by the gradients it
-    uses and not, as Trainer would, by those of the whole model.
+    uses and not, as Trainer would, by those of the whole model. One that gathers in the backward pass is told of how
+    many passes a step is.
 
     >>> class SelectiveTrainer(SelectiveTrainerMixin, Trainer): ...
     >>> SelectiveTrainer(model, args, make_optimizer=lambda model, steps: id3(
@@ -36,11 +37,26 @@ class SelectiveTrainerMixin:
             self.optimizer.max_grad_norm = self.args.max_grad_norm or None
         return super()._prepare_for_training(max_steps, *args)
 
+    def get_batch_samples(self, *args: object) -> tuple[list[Mapping[str, Tensor]], Tensor | int | None]:
+        batches, items = super().get_batch_samples(*args)
+        self.announce(len(batches))
+        return batches, items
+
+    def announce(self, passes: int) -> None:
+        """Say of how many backward passes the next step is, if the optimizer wants to know."""
+        if self.selective is not None:
+            self.selective.announce(passes)
+
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | None:
         return super()._clip_grad_norm(model) if self.selective is None else None
 
     @property
     def selective(self) -> SelectiveOptimizer | None:
         """The optimizer, if it is one that chooses weights."""
-        inner = self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
-        return inner if isinstance(inner, SelectiveOptimizer) else None
+        return selective_in(self.optimizer)
+
+
+def selective_in(optimizer: torch.optim.Optimizer | None) -> SelectiveOptimizer | None:
+    """An optimizer that chooses weights, or the one that accelerate has put its own around."""
+    inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    return inner if isinstance(inner, SelectiveOptimizer) else None

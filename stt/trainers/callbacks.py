@@ -7,12 +7,15 @@ from pathlib import Path
 
 import torch
 from torch import distributed, nn
+from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import SaveStrategy
 
 from stt import stopping
 from stt.errors import TrainingFailed
+from stt.selective_optimizers.gradients import is_finite
+from stt.selective_optimizers.trainer import selective_in
 from stt.trainers.checkpoints import in_order
 
 
@@ -52,11 +55,13 @@ class Record(TrainerCallback):
             self.write(step=state.global_step, epoch=round(state.epoch, 4), validation_accuracy=logs["eval_accuracy"])
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
-                              model: nn.Module | None = None, **_: object) -> None:
+                              model: nn.Module | None = None, optimizer: Optimizer | None = None,
+                              **_: object) -> None:
         if args.fp16:  # an overflow is expected there: the gradient scaler skips the step
             return
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if not torch.stack([g.isfinite().all() for g in gradients]).all():
+        selective = selective_in(optimizer)
+        kept = selective.kept_gradients() if selective else []
+        if not is_finite([p.grad for p in model.parameters() if p.grad is not None] + kept):
             raise TrainingFailed(failure("the gradient", state, Path(args.output_dir)))
 
 

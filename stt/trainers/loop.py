@@ -52,7 +52,7 @@ class RecordedTrainer(SelectiveTrainerMixin, Trainer):
         self.folder = Path(self.args.output_dir)
         self._saves_in: Path | None = None
         self._parts = 1  # of every micro-batch
-        self._examples = 0  # of the present update
+        self._batches: list[Mapping[str, Tensor]] = []  # of the present update
         self._trained: list[Mapping[str, Tensor]] = []  # micro-batches whose gradients it has
 
     # ------------------------------------------------------------ steps
@@ -69,8 +69,12 @@ class RecordedTrainer(SelectiveTrainerMixin, Trainer):
 
     def get_batch_samples(self, *args: object) -> tuple[list[Mapping[str, Tensor]], Tensor | int | None]:
         batches, items = super().get_batch_samples(*args)
-        self._examples, self._trained = sum(map(memory.size, batches)), []
+        self._batches, self._trained = batches, []
+        self._announce()
         return batches, items
+
+    def _announce(self) -> None:
+        self.announce(sum(len(memory.split(batch, self._parts)) for batch in self._batches))
 
     def training_step(self, model: nn.Module, inputs: Mapping[str, Tensor],
                       num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -84,6 +88,7 @@ class RecordedTrainer(SelectiveTrainerMixin, Trainer):
             except torch.OutOfMemoryError as error:
                 reason = str(error).splitlines()[0]  # the error itself would hold on to the memory
             self._halve(memory.size(inputs), reason)
+            self._announce()
             model.zero_grad()
             batches = [*self._trained, inputs]
         self._trained.append(inputs)
@@ -94,9 +99,9 @@ class RecordedTrainer(SelectiveTrainerMixin, Trainer):
     def _step_in_parts(self, model: nn.Module, inputs: Mapping[str, Tensor], items: Tensor | int | None) -> Tensor:
         """A loss that is a mean over examples counts as much as they are a share of the update's; Trainer takes every
         micro-batch for equally large."""
-        losses = []
+        losses, examples = [], sum(map(memory.size, self._batches))
         for part in memory.split(inputs, self._parts):
-            self.current_gradient_accumulation_steps = self._examples / memory.size(part)
+            self.current_gradient_accumulation_steps = examples / memory.size(part)
             losses.append(super().training_step(model, part, items))
         return torch.stack(losses).sum()
 
