@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from stt import cli, recipe
 from stt.ablation.classifier_flags import ClassifierAblationArgs, resolve
+from stt.arguments import short_name
 from stt.errors import InputError
 from train_classifier import load_data, load_reader, loop_arguments, source
 
@@ -69,7 +70,7 @@ def main(args: ClassifierAblationArgs) -> int:
     if args.test_size:
         task = with_new_stories(task, args.test_size, folder)
         bench = replace(bench, task=task, judge=replace(bench.judge, task=task))
-    title = f"classifier_ablation · {task.name} · {Path(args.model).name} · {len(task.test)} test examples"
+    title = f"classifier_ablation · {task.name} · {short_name(args.model)} · {len(task.test)} test examples"
     origin = "newly made" if args.test_size else "held out" if args.dev_mode else "of the task"
     return study.conduct(args, plan, bench, folder, title, [f"{len(task.test)} test examples, {origin}."])
 

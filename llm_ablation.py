@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from stt import cli, recipe
 from stt.ablation.llm_flags import LLMAblationArgs, resolve
+from stt.arguments import short_name
 from train_llm import load_data, read_text
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def main(args: LLMAblationArgs) -> int:
     folder = study.open_folder(args)
     if args.test_size:
         bench = replace(bench, judge=replace(judge, task=with_new_stories(task, args.test_size, folder)))
-    title = f"llm_ablation · {task.name} · {Path(args.model).name} · {len(bench.task.test)} test examples"
+    title = f"llm_ablation · {task.name} · {short_name(args.model)} · {len(bench.task.test)} test examples"
     origin = "newly made" if args.test_size else "held out" if args.dev_mode else "of the task"
     return study.conduct(args, plan, bench, folder, title, [f"{len(bench.task.test)} test examples, {origin}."])
 

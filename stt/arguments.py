@@ -366,8 +366,13 @@ def _packaged(name: str) -> str:
 
 def short_name(model: str) -> str:
     """The name of a resolved model in a folder's name."""
+    return Path(alias_of(model)).name
+
+
+def alias_of(model: str) -> str:
+    """The alias of a packaged model, wherever it is installed; another model as it is."""
     modules = {module: name for name, (_, module, _) in PACKAGED_MODELS.items()}
-    return modules.get(Path(model).parent.name, Path(model).name)
+    return modules.get(Path(model).parent.name, model)
 
 
 def run_name(args: RunArgs, *more: str) -> str:

@@ -9,7 +9,7 @@ from classifying import results, run, write_picture, write_pictures, write_table
 from flags_read import fields_read
 
 from stt import arguments
-from stt.arguments import CHECKOUT, resolve_model
+from stt.arguments import CHECKOUT, alias_of, resolve_model
 from stt.classifier_arguments import SHIPPED_TASK, ClassifierArgs, resolved
 from stt.cli import read_args
 from stt.dataset.classification import task_names
@@ -104,6 +104,8 @@ def test_minilm(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(arguments, "PACKAGED_MODELS", {"minilm": ("a-package", "a_package", "model")})
     assert resolve_model("minilm") == str(tmp_path / "a_package" / "model")
+    assert alias_of(resolve_model("minilm")) == "minilm"
+    assert alias_of("a/model") == "a/model"
     assert resolved(ClassifierArgs(model="minilm", task="sst2")).run_name == "minilm-sst2-stt-top0.3-seed42"
     monkeypatch.setattr(arguments, "PACKAGED_MODELS", {"minilm": ("b-package", "b_package", "model")})
     with pytest.raises(InputError, match="package b-package, which is not installed: pip install b-package"):

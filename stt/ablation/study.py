@@ -18,7 +18,7 @@ from stt.ablation import flags, report, tables
 from stt.ablation.arms import CALIBRATION, Arm
 from stt.ablation.bench import Bench
 from stt.ablation.cells import Cell, Cells, fill
-from stt.arguments import CHECKOUT
+from stt.arguments import CHECKOUT, alias_of
 from stt.errors import InputError
 from stt.runs import read_json
 from stt.words import markdown_table, model_name, percent
@@ -85,10 +85,11 @@ def open_folder(args: flags.AblationFlags) -> Path:
 
 
 def _portable(args: flags.AblationFlags) -> dict[str, object]:
-    """The flags as JSON holds them; what lies in this checkout is named from its root, so that an ablation can go on in
-    another one."""
+    """The flags as JSON holds them; what lies in this checkout is named from its root, and a packaged model by its
+    alias, so that an ablation can go on elsewhere."""
     root = f"{CHECKOUT}/"
-    return {name: value.removeprefix(root) if isinstance(value, str) else value for name, value in asdict(args).items()}
+    return {name: alias_of(value.removeprefix(root)) if isinstance(value, str) else value
+            for name, value in asdict(args).items()}
 
 
 def _check_same(folder: Path, given: Mapping[str, object], defaults: Mapping[str, object]) -> None:
