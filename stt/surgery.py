@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from stt.errors import InputError, unknown_name
 from stt.mlps.stt_linear import STTLinear
 from stt.narrow import sliced_tensors
+from stt.selective_optimizers.weights import tensor_of
 
 logger = logging.getLogger(__name__)
 
@@ -157,12 +158,13 @@ def pad_sites(model: nn.Module, multiple: int) -> None:
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Parameters in all, trained, and trained without the head; shared ones count once."""
-    heads = {id(p) for p in head_parameters(model).values()}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return {"total": sum(p.numel() for p in model.parameters()),
-            "trained": sum(p.numel() for p in trained),
-            "trained_without_head": sum(p.numel() for p in trained if id(p) not in heads)}
+    """Parameters in all, trained, and trained without the head; shared ones count once, and the values of attached
+    weights are those of their tensors."""
+    heads, sizes = head_parameters(model), {name: p.numel() for name, p in model.named_parameters()}
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    return {"total": sum(size for name, size in sizes.items() if tensor_of(name) == name),
+            "trained": sum(sizes[name] for name in trained),
+            "trained_without_head": sum(sizes[name] for name in trained if tensor_of(name) not in heads)}
 
 
 def widest_dtype(tensors: Iterable[Tensor]) -> torch.dtype:

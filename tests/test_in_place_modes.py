@@ -4,6 +4,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 from small_runs import SHIPPED, results, run
@@ -14,12 +15,14 @@ import train_classifier
 from stt import cli, modes
 from stt.arguments import CHECKOUT
 from stt.classifier_arguments import ClassifierArgs
+from stt.llm_arguments import LLMArgs, resolved
 from stt.loading import Classes, load_classifier
 from stt.selection import Selection
 from stt.selective_optimizers.patch import Patch
+from stt.selective_optimizers.recipe import choose, prepare
 from stt.selective_optimizers.verify import verify
 from stt.selective_optimizers.weights import named_tensors, sizes
-from stt.surgery import head_parameters
+from stt.surgery import count_parameters, head_parameters
 from stt.trainers.callbacks import Record
 
 BUDGET = 2001
@@ -58,6 +61,17 @@ def test_the_patch_is_what_changed(mode: str, small: list[str], tmp_path: Path, 
         assert outside == BUDGET
     words = (folder / "report.md").read_text()
     assert ("Trained neurons" if mode == "train_in_place" else "Trained weights") in words
+
+
+@pytest.mark.parametrize("head", ["train", "freeze"])
+def test_a_tied_head_in_half_precision_is_counted_as_the_head(head: str) -> None:
+    """It trains as values beside the embedding, whose name they bear."""
+    model = tiny.build("qwen2-tied")[0].to(torch.bfloat16)
+    tied, total = model.get_input_embeddings().weight.numel(), sum(p.numel() for p in model.parameters())
+    args = resolved(LLMArgs(mode="pafi", budget=str(BUDGET), head=head))
+    prepare(model, choose(model, "smallest", args), head)
+    trained = {"train": BUDGET + tied, "freeze": BUDGET}[head]
+    assert count_parameters(model) == {"total": total, "trained": trained, "trained_without_head": BUDGET}
 
 
 @pytest.mark.parametrize("mode", ["pafi", "id3", "train_in_place"])

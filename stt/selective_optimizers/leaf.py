@@ -26,9 +26,17 @@ from stt.selective_optimizers.in_place import in_place
 from stt.selective_optimizers.patch import Patch, buffers_of
 from stt.selective_optimizers.route import LinearOfInputs, LinearOfOutputs, Route
 from stt.selective_optimizers.sharded import whole, write_part
-from stt.selective_optimizers.weights import axis_of, check_fits, is_of_weights, is_whole, named_tensors, read, write
+from stt.selective_optimizers.weights import (
+    LEAF,
+    axis_of,
+    check_fits,
+    is_of_weights,
+    is_whole,
+    named_tensors,
+    read,
+    write,
+)
 
-LEAF = "_selected"  # after the name of a tensor: the module that holds what of it trains
 ATTACHED = "stt_attached"  # attribute of a model
 LEAVES: weakref.WeakValueDictionary[int, Leaf] = weakref.WeakValueDictionary()  # all there are, in the same order in
 NUMBERS = itertools.count()  # every process: what they exchange must match

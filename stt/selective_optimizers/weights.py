@@ -18,11 +18,17 @@ from stt.selection import Selection
 # Shapes: P weights of a tensor, k selected units of it.
 
 ALONG = "along"  # in the meta of a selection: the axis that a tensor's units lie along
+LEAF = "_selected"  # after the name of a tensor, of an attached model: the module that holds what of it trains
 
 
 def named_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter once, under its first name."""
     return dict(model.named_parameters())
+
+
+def tensor_of(parameter: str) -> str:
+    """The name of the tensor that the values of a leaf belong to; that of another parameter is its own."""
+    return parameter.removesuffix(f"{LEAF}.values")
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
