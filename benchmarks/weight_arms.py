@@ -142,7 +142,8 @@ def plan(study: Study, names: Sequence[str], budgets: Sequence[int]) -> Plan:
     own = {"full": total, "norms (BitFit)": vectors}
     found = [(name, own[name]) for name in names if name in own]
     found += [("random", vectors)] if {"random", "norms (BitFit)"} <= {*names} else []
-    return [*found, *((name, budget) for budget in budgets for name in names if name not in own)]
+    found += [(name, budget) for budget in budgets for name in names if name not in own]
+    return list(dict.fromkeys(found))
 
 
 def fill(study: Study, plan: Plan, seeds: int, steps: int, path: Path) -> Comparison:

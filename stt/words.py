@@ -104,7 +104,7 @@ def spread(values: Sequence[float], scale: float = 1, unit: str = "", digits: in
     scaled = [scale * value for value in values]
     if not scaled:
         return "–"
-    digits = digits or (1 if scale == 100 else 2)
+    digits = (1 if scale == 100 else 2) if digits is None else digits
     deviation = f" ± {statistics.stdev(scaled):.{digits}f}" if len(scaled) > 1 else ""
     return f"{statistics.mean(scaled):.{digits}f}{deviation}{unit}"
 

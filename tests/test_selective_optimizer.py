@@ -340,10 +340,11 @@ def test_verify_names_the_tensor_that_something_else_changed() -> None:
         optimizer.post_train_work()
 
 
-def test_a_model_that_changes_its_dtype_after_the_optimizer_is_built() -> None:
+@pytest.mark.parametrize("gather", ["step", "backward"])
+def test_a_model_that_changes_its_dtype_after_the_optimizer_is_built(gather: str) -> None:
     """As with a device: what was chosen stays, and the vectors follow."""
     ours, theirs = build(), build(dtype=torch.float64)
-    before, after = selective(ours, "pafi", lr=1e-2), selective(theirs, "pafi", lr=1e-2)
+    before, after = (selective(model, "pafi", lr=1e-2, gather=gather) for model in (ours, theirs))
     ours.double()
     train(ours, before, batches(4, dtype=torch.float64))
     train(theirs, after, batches(4, dtype=torch.float64))

@@ -23,6 +23,13 @@ def step_by_entry(optimizer: Optimizer) -> None:
                 parameter.grad = None
 
 
+def follow(optimizer: Optimizer) -> None:
+    """Bring the counts to their parameters: torch leaves them where they were loaded."""
+    for parameter, state in optimizer.state.items():
+        if "step" in state and isinstance(state["step"], Tensor) and state["step"].dim():
+            state["step"] = state["step"].to(parameter.device)
+
+
 def _step(parameter: nn.Parameter, state: dict[str, Tensor], group: dict[str, object]) -> None:
     beta1, beta2 = map(float, group["betas"])
     rate, decay = float(group["lr"]), float(group["weight_decay"])
@@ -37,8 +44,7 @@ def _step(parameter: nn.Parameter, state: dict[str, Tensor], group: dict[str, ob
     if group["amsgrad"]:
         largest = state.setdefault("max_exp_avg_sq", torch.zeros_like(square))
         square = torch.maximum(largest, square, out=largest)
-    steps = state["step"] = state["step"].to(parameter.device)  # torch leaves it on the CPU when it loads a state
-    steps.add_(1)
+    steps = state["step"].add_(1)
     rates, roots = -rate / _of_steps(beta1, steps), _of_steps(beta2, steps).sqrt()
     spread = square.sqrt().div_(_at(steps, roots, square)).add_(group["eps"])
     parameter.add_(_at(steps, rates, mean).mul_(mean).div_(spread))

@@ -183,8 +183,8 @@ def patch_of(model: nn.Module, new: Collection[str] = ()) -> Patch:
 
 def put_patch(model: nn.Module, patch: Patch) -> None:
     """The opposite of `patch_of`: the attached model as it was when the patch was made, whatever trained since. Tensors
-    of the patch that are not attached are written, too. Raises InputError, before anything changes, for a patch of
-    another model, of other start values, or of other weights than those that are attached."""
+    of the patch that are not attached are written too, if they are new or as in the base. Raises InputError, before
+    anything changes, for a patch of another model, of other start values, or of other weights than are attached."""
     model, attached = _attached(model)
     tensors, buffers = own_tensors(model), buffers_of(model)
     patch.check_shapes(tensors, buffers)

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from stt.errors import InputError, TrainingFailed, unknown_name
 from stt.selection import Selection
 from stt.selective_optimizers.amount import Amount
-from stt.selective_optimizers.by_entry import COUNTS, step_by_entry
+from stt.selective_optimizers.by_entry import COUNTS, follow, step_by_entry
 from stt.selective_optimizers.choose import best
 from stt.selective_optimizers.deltas import digest, read_units
 from stt.selective_optimizers.elementwise import check_elementwise
@@ -108,8 +108,8 @@ class SelectiveOptimizer(Optimizer):
         return [kept.sample for kept in self._catcher.kept.values()] if self._catcher is not None else []
 
     def announce(self, passes: int) -> None:
-        """Begin a step whose gradients are those of so many backward passes, for this step in place of
-        `accumulation_steps`; what was taken of earlier ones is forgotten."""
+        """Begin a step: it and those after it are of so many backward passes, in place of `accumulation_steps`. What
+        was taken of earlier ones is forgotten."""
         if self._catcher is not None:
             self._catcher.clear()
             self._catcher.passes = passes if self.schedule.grows else 1
@@ -175,6 +175,8 @@ class SelectiveOptimizer(Optimizer):
         """What the next step needs of a gradient that is about to go; None: all of it."""
         if name in self._active():
             return None
+        if not self._catcher.kept:
+            self._follow_devices()
         new = self._number_of_new()
         if before is not None:
             if new:
@@ -281,6 +283,7 @@ class SelectiveOptimizer(Optimizer):
         self._digests = dict(ours["digests"])
         self._trainer = self._new_trainer()
         self._trainer.load_state_dict(copy.deepcopy(ours["base"]))
+        follow(self._trainer)
         if self._catcher is not None:
             self._catcher.clear()
 
