@@ -15,6 +15,7 @@ from transformers import set_seed
 import stt
 from benchmarks.studies import Measure, Row, Study, add_row, read_rows, train
 from benchmarks.weight_cells import UNTRAINED, Cell, Comparison, Plan
+from benchmarks.weights import linears, rank_of
 from stt.errors import InputError, TrainingFailed, unknown_name
 from stt.selective_optimizers.in_place import in_place
 from stt.selective_optimizers.optimizer import SelectiveOptimizer
@@ -56,12 +57,10 @@ def lora(study: Study, model: nn.Module, cell: Cell) -> Ready:
     """PEFT's, on every linear layer but the head, of the rank that trains as near to the budget as can be."""
     import peft
 
-    head = model.get_output_embeddings()
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
-               and module is not head}
-    rank = max(1, round(cell.budget / sum(sum(module.weight.shape) for module in linears.values())))
+    rank = rank_of(model, cell.budget)
     set_seed(cell.seed)  # the adapters begin at random
-    return Ready(peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(linears))))
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(linears(model)))
+    return Ready(peft.get_peft_model(model, config))
 
 
 def weights(score: str, **options: object) -> Prepare:

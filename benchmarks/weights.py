@@ -167,9 +167,12 @@ def lora(model: nn.Module, budget: int) -> Row:
     """On all linear layers but the head, of the rank with which it trains about as many numbers as the budget."""
     import peft
 
-    a_rank = sum(sum(module.weight.shape) for module in linears(model).values())
-    config = peft.LoraConfig(target_modules=list(linears(model)), r=max(1, round(budget / a_rank)))
-    return tuned(model, config)
+    return tuned(model, peft.LoraConfig(target_modules=list(linears(model)), r=rank_of(model, budget)))
+
+
+def rank_of(model: nn.Module, budget: int) -> int:
+    """The rank at which LoRA on `linears` trains as near to the budget as can be."""
+    return max(1, round(budget / sum(sum(module.weight.shape) for module in linears(model).values())))
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -280,6 +283,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.clock == "cpu" and device.type == "cuda":
         parser.error("--clock cpu does not see the time of a GPU: leave it out")
+    if args.budget is not None and args.budget < 1:
+        parser.error(f"--budget must be 1 or more weights, got {args.budget}")
+    if args.out and not args.out.resolve().parent.is_dir():
+        parser.error(f"cannot write {args.out}: its folder does not exist")
     torch.set_num_threads(1)
     size = SIZES[args.size]
     args.budget = args.budget or size.budget

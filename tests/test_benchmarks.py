@@ -377,6 +377,16 @@ def test_the_benchmark_of_weights_names_every_row(tmp_path, capsys) -> None:
         assert (f"| {name} " in page) == (package is None or importlib.util.find_spec(package) is not None)
 
 
+@pytest.mark.parametrize(("flags", "sentence"), [
+    (["--budget", "0"], "--budget must be 1 or more weights, got 0"),
+    (["--out", "nowhere/WEIGHTS.md"], "cannot write nowhere/WEIGHTS.md: its folder does not exist")])
+def test_the_benchmark_of_weights_refuses_at_once(flags, sentence, capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        weights.main(["--size", "tiny", *flags])
+    assert stopped.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
 def test_bytes_of_the_rows_of_weights_are_those_of_hand_counts() -> None:
     model = weights.decoder(weights.SIZES["tiny"], CPU)
     count = sum(parameter.numel() for parameter in model.parameters())

@@ -10,7 +10,7 @@ import torch
 from masked import batches, build, loss_of, train, weights
 from test_selective_optimizer import chosen, selective
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, NAdam, Optimizer
 
 from stt.errors import InputError
 from stt.selective_optimizers import scores
@@ -280,6 +280,20 @@ def test_a_bad_gradient_taken_early_skips_the_step(method: str) -> None:
     optimizer.zero_grad()
     train(model, optimizer, batches(10))
     assert int((weights(model) != weights(build())).sum()) == 91
+
+
+def test_a_state_that_counts_otherwise_is_refused() -> None:
+    """NAdam has a parameter for every step's choice, AdamW one."""
+    model = build()
+
+    def of(base: type[Optimizer]) -> SelectiveOptimizer:
+        return get_selective_optimizer(base, "id3")(model.parameters(), lr=1e-2, budget=91, max_steps=10,
+                                                    bias_correction="entry")
+    apart = of(NAdam)
+    train(model, apart, batches(3))
+    with pytest.raises(InputError, match="of every weight: start the training again"):
+        of(AdamW).load_state_dict(apart.state_dict())
+    of(NAdam).load_state_dict(apart.state_dict())
 
 
 def test_a_discarded_optimizer_leaves_gradients_alone() -> None:

@@ -144,7 +144,10 @@ class Pool:
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Take over what `state_dict` gave, on the device where the tensors are. Raises InputError if they are on
-        several by now."""
+        several by now, or if the steps of late entries were counted in another way."""
+        if self.late != APART and len(state["values"]) > 1:
+            raise InputError("the state counts the steps of weights that were chosen together, this optimizer those of "
+                             "every weight: start the training again")
         if len({(tensor.device, tensor.dtype) for tensor in self.tensors.values()}) > 1:
             raise InputError("the model was spread over devices or dtypes after the optimizer was built: build the "
                              "optimizer afterwards")
